@@ -1,0 +1,294 @@
+"""Blocks: which parameter is what, and which group acts on it.
+
+A *block* is one parameter with a declared place in the architecture. A *taxonomy* declares the blocks of one
+architecture by patterns and is total and disjoint: a trainable parameter that no block claims, or two claim, is an
+error that names it. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from pkgutil import resolve_name
+
+from torch import nn
+
+from lit_symopt.errors import TaxonomyError
+from lit_symopt.layout import Layout, Part
+
+__all__ = ["Block", "BlockTaxonomy", "Layout", "Part", "Role", "Symmetry"]
+
+
+class Role(str, Enum):
+    """The place of a block in a transformer."""
+
+    EMBEDDING = "embedding"
+    LM_HEAD = "lm_head"
+    TIED_EMBEDDING = "tied_embedding"
+    POSITION = "position"
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    ATTENTION_OUT = "attention_out"
+    QKV = "qkv"
+    GATE = "gate"
+    UP = "up"
+    GATE_UP = "gate_up"
+    DOWN = "down"
+    EXPERT_GATE_UP = "expert_gate_up"
+    EXPERT_DOWN = "expert_down"
+    ROUTER = "router"
+    LINEAR = "linear"
+    CONV = "conv"
+    VECTOR = "vector"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetry:
+    """The group that acts on a block's units and features, and the direction the loss cannot see.
+
+    Attributes:
+        units: the group on the units, such as `S_V` (permutations), `GL(h)` or `1` (none).
+        features: the group on the features, such as `O(d)`.
+        joint: the roles that the same element must act on for the loss to stay the same; empty if none.
+        shift_invariant: whether adding one vector to every unit (`W + 1aᵀ`, with the bias) leaves the loss unchanged.
+            Such a block's update is centered.
+    """
+
+    units: str
+    features: str
+    joint: tuple[str, ...] = ()
+    shift_invariant: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.units} × {self.features}" + (" / shift" if self.shift_invariant else "")
+
+
+def _symmetry(units: str, features: str, *joint: str, shift: bool = False) -> Symmetry:
+    return Symmetry(units=units, features=features, joint=joint, shift_invariant=shift)
+
+
+# Lau & Su 2026, arXiv:2605.18106, for the residual width d, the vocabulary V, head dimension h, neurons I, experts E.
+SYMMETRIES: dict[Role, Symmetry] = {
+    Role.EMBEDDING: _symmetry("S_V", "O(d)"),
+    Role.LM_HEAD: _symmetry("S_V", "O(d)", shift=True),
+    Role.TIED_EMBEDDING: _symmetry("S_V", "O(d)"),
+    Role.POSITION: _symmetry("1", "O(d)"),
+    Role.QUERY: _symmetry("SO(2)^(h/2)", "O(d)", "key"),
+    Role.KEY: _symmetry("SO(2)^(h/2)", "O(d)", "query"),
+    Role.VALUE: _symmetry("GL(h)", "O(d)", "attention_out"),
+    Role.ATTENTION_OUT: _symmetry("O(d)", "GL(h)", "value"),
+    Role.QKV: _symmetry("per head", "O(d)", "attention_out"),
+    Role.GATE: _symmetry("S_I", "O(d)", "up", "down"),
+    Role.UP: _symmetry("S_I", "O(d)", "gate", "down"),
+    Role.GATE_UP: _symmetry("S_I", "O(d)", "down"),
+    Role.DOWN: _symmetry("S_I", "O(d)", "gate", "up"),
+    Role.EXPERT_GATE_UP: _symmetry("S_E ≀ S_I", "O(d)", "expert_down", "router"),
+    Role.EXPERT_DOWN: _symmetry("S_E ≀ S_I", "O(d)", "expert_gate_up", "router"),
+    Role.ROUTER: _symmetry("S_E", "O(d)", "expert_gate_up", "expert_down", shift=True),
+    Role.LINEAR: _symmetry("O(m)", "O(n)"),
+    Role.CONV: _symmetry("O(m)", "O(n)"),
+    Role.VECTOR: _symmetry("S_m", "1"),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One parameter, or a pattern for several, with its role, storage and symmetry.
+
+    Args:
+        name: full parameter name, or a glob over full names (`*` also crosses dots): `"*.q_proj.weight"`.
+        role: its place in the architecture.
+        layout: how the tensor holds its matrices; default: one matrix (a column for `Role.VECTOR`).
+        shift_invariant: whether the loss cannot see `W + 1aᵀ`. The default is the role's: true for an untied head with
+            plain softmax and for a softmax router, false elsewhere. Say `False` for a head with logit soft-capping or
+            z-loss and for a sigmoid router; say `True` for the bias of a plain head or softmax router.
+
+    Attributes:
+        shape: shape of the parameter, once assigned.
+        aliases: its other names, when it is tied.
+
+    Example:
+        >>> Block("*.router.weight", role=Role.ROUTER).symmetry.shift_invariant
+        True
+    """
+
+    name: str
+    role: Role
+    layout: Layout | None = None
+    shift_invariant: bool | None = None
+    shape: tuple[int, ...] | None = None
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "role", _role(self.role))
+        if self.layout is None:
+            object.__setattr__(self, "layout", Layout.column() if self.role is Role.VECTOR else Layout.matrix())
+
+    @property
+    def symmetry(self) -> Symmetry:
+        """The symmetry of the role, with this block's own `shift_invariant` where it was declared."""
+        symmetry = SYMMETRIES[self.role]
+        return symmetry if self.shift_invariant is None else replace(symmetry, shift_invariant=self.shift_invariant)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The matrices of an assigned block.
+
+        Raises:
+            TaxonomyError: if the layout does not fit the shape, or the block is a pattern without a shape.
+        """
+        if self.layout is None or self.shape is None:
+            raise TaxonomyError(f"the block {self.name!r} is a pattern: only a block from `assign` has a shape")
+        return self.layout.parts(self.shape)
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether the pattern matches one of a parameter's names."""
+        return any(fnmatchcase(name, self.name) for name in names)
+
+
+def _role(role: Role | str) -> Role:
+    try:
+        return Role(role)
+    except ValueError:
+        raise TaxonomyError(f"unknown role {str(role)!r}; known: {', '.join(map(str, Role))}") from None
+
+
+# Architectures with a taxonomy of their own, by transformers' `model_type`: where to find `taxonomy(config)`.
+KNOWN_TAXONOMIES = {"qwen3": "lit_symopt.models.qwen3:taxonomy"}
+
+
+class BlockTaxonomy:
+    """The declared blocks of one architecture: total and disjoint over the trainable parameters of a module.
+
+    Args:
+        blocks: one `Block` for each kind of parameter, with patterns as names.
+        name: what errors call it, such as `"Qwen3"`.
+
+    Example:
+        >>> from torch import nn
+        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> taxonomy = BlockTaxonomy([Block("*.weight", role=Role.LINEAR), Block("*.bias", role=Role.VECTOR)])
+        >>> [(block.name, str(block.role)) for block in taxonomy.assign(mlp)][:2]
+        [('0.weight', 'linear'), ('0.bias', 'vector')]
+    """
+
+    def __init__(self, blocks: Sequence[Block], *, name: str = "BlockTaxonomy") -> None:
+        self.blocks = tuple(blocks)
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"BlockTaxonomy({len(self.blocks)} blocks, name={self.name!r})"
+
+    def under(self, prefix: str) -> BlockTaxonomy:
+        """The same taxonomy for a module that lies below another: every pattern gets the prefix."""
+        return BlockTaxonomy([replace(block, name=prefix + block.name) for block in self.blocks], name=self.name)
+
+    def assign(self, module: nn.Module) -> list[Block]:
+        """One block for every trainable parameter of `module`, in the order of `named_parameters`.
+
+        A tied parameter is one block under its first name, with the others as `aliases`. Frozen parameters are left
+        out; `frozen` lists them.
+
+        Raises:
+            TaxonomyError: naming every unclaimed and every doubly claimed trainable parameter, every pattern that
+                matches nothing, and every layout that does not fit its shape.
+        """
+        parameters = _parameters(module)
+        assigned, unclaimed, doubled, misfits = [], [], [], []
+        for names, parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            shape = _shape(parameter)
+            claims = [block for block in self.blocks if block.matches(names)]
+            label = f"{' = '.join(map(repr, names))} {shape}"
+            if not claims:
+                unclaimed.append(label)
+            elif len(claims) > 1:
+                doubled.append(f"{label} by {' and '.join(f'{block.name!r} ({block.role})' for block in claims)}")
+            else:
+                block = replace(claims[0], name=names[0], shape=shape, aliases=names[1:])
+                try:
+                    _ = block.parts
+                except TaxonomyError as error:
+                    misfits.append(f"{names[0]!r}: {error}")
+                assigned.append(block)
+        idle = [
+            f"{block.name!r} ({block.role})"
+            for block in self.blocks
+            if not any(block.matches(names) for names, _ in parameters)
+        ]
+        self._complain(unclaimed, doubled, idle, misfits)
+        return assigned
+
+    def frozen(self, module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter that `assign` skips because it does not require a gradient."""
+        return [(names[0], _shape(p)) for names, p in _parameters(module) if not p.requires_grad]
+
+    @staticmethod
+    def of(module: nn.Module) -> BlockTaxonomy:
+        """The taxonomy a module declares by `block_taxonomy()`, or that of the known architecture found inside it.
+
+        Raises:
+            TaxonomyError: if the module declares none and contains no known architecture.
+        """
+        declared = getattr(module, "block_taxonomy", None)
+        return declared() if callable(declared) else known_taxonomy(module)
+
+    def _complain(self, unclaimed: list[str], doubled: list[str], idle: list[str], misfits: list[str]) -> None:
+        complaints = []
+        if unclaimed:
+            complaints.append(
+                f"{len(unclaimed)} trainable parameter(s) belong to no block: {', '.join(unclaimed)}. "
+                f"Add a Block for them to {self.name}, or freeze them."
+            )
+        if doubled:
+            complaints.append(
+                f"{len(doubled)} parameter(s) are claimed more than once: {'; '.join(doubled)}. "
+                f"Narrow the patterns of {self.name}; a tied embedding is one Block with Role.TIED_EMBEDDING."
+            )
+        if idle:
+            complaints.append(
+                f"{len(idle)} pattern(s) match no parameter: {', '.join(idle)}. Correct or remove them in {self.name}."
+            )
+        if misfits:
+            complaints.append(f"{len(misfits)} layout(s) do not fit: {'; '.join(misfits)}.")
+        if complaints:
+            raise TaxonomyError("\n".join(complaints))
+
+
+def known_taxonomy(module: nn.Module) -> BlockTaxonomy:
+    """The taxonomy of the transformers architecture that `module` is or contains.
+
+    Raises:
+        TaxonomyError: if no known architecture is found.
+    """
+    for prefix, child in module.named_modules():
+        config = getattr(child, "config", None)
+        where = KNOWN_TAXONOMIES.get(getattr(config, "model_type", ""))
+        if where is not None and hasattr(child, "lm_head"):
+            taxonomy: BlockTaxonomy = resolve_name(where)(config)
+            return taxonomy.under(f"{prefix}." if prefix else "")
+    raise TaxonomyError(
+        f"{type(module).__name__} declares no blocks and contains no known architecture "
+        f"({', '.join(sorted(KNOWN_TAXONOMIES))}). Pass taxonomy=BlockTaxonomy([Block(...), ...]), or give the module "
+        f"a method block_taxonomy() that returns one."
+    )
+
+
+def _parameters(module: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]:
+    """Every parameter once, with all of its names, the first one first."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [(tuple(known), parameter) for parameter, known in names.items()]
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # DeepSpeed's ZeRO 3 leaves an empty tensor in place of the parameter and keeps its shape beside it.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

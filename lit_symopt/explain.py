@@ -1,0 +1,73 @@
+"""What a parameter gets and why, in words."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lit_symopt.errors import ConfigError
+from lit_symopt.groups import layout_of
+from lit_symopt.rules import get_rule
+
+if TYPE_CHECKING:
+    from lit_symopt.optim import SymOpt
+
+
+def explain(optimizer: SymOpt, name: str) -> str:
+    """The text behind `SymOpt.explain`."""
+    known: dict[str, tuple[dict[str, Any], Tensor]] = {
+        parameter_name: (group, parameter)
+        for group in optimizer.param_groups
+        for parameter_name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.0)
+        raise ConfigError(f"no parameter is called {name!r}; the nearest are {', '.join(map(repr, near))}")
+    group, parameter = known[name]
+    rule = get_rule(group["rule"])
+    lines = [
+        f"{name} {list(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}",
+        f"  role      {group['role']}" + (f", symmetry {group['symmetry']}" if group["symmetry"] else ""),
+        f"  rule      {rule.name}: {rule.equation}; commutes with {rule.group}",
+        f"  matrices  {_matrices(group, parameter)}",
+        f"  centered  {_centering(group)}",
+        f"  momentum  {_momentum(group)}",
+        f"  step      {_step(group)}",
+        f"  source    {rule.source}",
+    ]
+    return "\n".join(lines)
+
+
+def _matrices(group: dict[str, Any], parameter: Tensor) -> str:
+    layout = layout_of(group, parameter)
+    parts = ", ".join(f"{part.count} of {part.m} × {part.n}" for part in layout.parts(parameter.shape))
+    return f"{parts} (units × features), stored as {layout}"
+
+
+def _centering(group: dict[str, Any]) -> str:
+    if group["centered"]:
+        return "yes: the loss cannot see the shift 1aᵀ, so the update is projected off it"
+    return (
+        "no: the loss sees every direction"
+        if "shift" not in group["symmetry"]
+        else "no, although the loss is blind to it"
+    )
+
+
+def _momentum(group: dict[str, Any]) -> str:
+    if group["rule"] == "adamw":
+        return f"betas {group['betas']}, two numbers of state an element"
+    if group["momentum"] == 0.0:
+        return "none, no state"
+    return f"{group['momentum_kind']} with β = {group['momentum']}, one number of state an element"
+
+
+def _step(group: dict[str, Any]) -> str:
+    lr, decay = group["lr"], group["weight_decay"]
+    factors = [f"{lr:g}"]
+    factors += [f"{group['radius']:g}"] if group["radius"] != 1.0 else []
+    factors += [f"{group['scale']}(M, U)"] if group["scale"] != "none" else []
+    kept = f"(1 − {lr:g}·{decay:g}) W" if decay else "W"
+    return f"W ← {kept} − {' · '.join(factors)} · U"

@@ -1,0 +1,98 @@
+"""The refusal of gradients that are not finite.
+
+On CPU a bad gradient raises at once, before anything has changed. On an accelerator, asking would stop the host until
+the device has caught up, so a flag on the device masks every write of the step, and the error is raised at the next
+step or check that finds the flag already copied to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lit_symopt.errors import GradientError
+
+
+class FiniteCheck:
+    """Decides once per step whether all gradients are finite.
+
+    Args:
+        defer: mask now and raise later, without a synchronization; default: only for gradients on an accelerator.
+    """
+
+    def __init__(self, *, defer: bool | None = None) -> None:
+        self.defer = defer
+        self._seen: tuple[list[str], Tensor, torch.Event | None] | None = None
+
+    def admit(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Tensor | None:
+        """A boolean scalar on the device, true if the step may be taken; `None` if that is already certain.
+
+        Raises:
+            GradientError: naming the blocks whose gradients are not finite, of this step or of an earlier one.
+        """
+        self.raise_pending(wait=False)
+        if not gradients:
+            return None
+        # The maximum norm carries inf and NaN along and, unlike a sum of squares, cannot overflow by itself.
+        norms = torch._foreach_norm(list(gradients), float("inf"))
+        device = gradients[0].device
+        finite = torch.isfinite(torch.stack([norm.to(device, torch.float32, non_blocking=True) for norm in norms]))
+        defer = device.type != "cpu" if self.defer is None else self.defer
+        if not defer:
+            _raise_for(names, finite)
+            return None
+        if self._seen is None:  # else an earlier step's flag is still under way: its error comes first
+            self._seen = (list(names), *_copy_to_host(finite))
+        return finite.all()
+
+    def raise_pending(self, *, wait: bool = True) -> None:
+        """Raise the error of an earlier step, if there was one.
+
+        Args:
+            wait: synchronize with the device to be certain; otherwise look only at what has already arrived.
+        """
+        if self._seen is None:
+            return
+        names, finite, event = self._seen
+        if event is not None:
+            if wait:
+                event.synchronize()
+            elif not event.query():
+                return
+        self._seen = None
+        _raise_for(names, finite)
+
+
+@contextmanager
+def undone_unless(admitted: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Leave `tensors` as they were, on the device and without asking it, where `admitted` is false."""
+    if admitted is None:
+        yield
+        return
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(admitted.to(tensor.device, non_blocking=True), tensor, old))
+
+
+def _raise_for(names: Sequence[str], finite: Tensor) -> None:
+    bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    if bad:
+        shown = ", ".join(map(repr, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        raise GradientError(
+            f"the gradient of {len(bad)} parameter(s) is not finite: {shown}. No weight and no state was changed. "
+            f"Look at the loss of this batch; lower the learning rate or clip gradients if it grew."
+        )
+
+
+def _copy_to_host(flags: Tensor) -> tuple[Tensor, torch.Event | None]:
+    if flags.device.type == "cpu":
+        return flags, None
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    host.copy_(flags, non_blocking=True)
+    event = torch.Event(flags.device)
+    event.record()
+    return host, event

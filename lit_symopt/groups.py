@@ -1,0 +1,107 @@
+"""The vocabulary of a parameter group: its defaults, and what makes one invalid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lit_symopt.errors import ConfigError
+from lit_symopt.layout import Layout
+from lit_symopt.rules import get_rule, validate_scale
+
+DEFAULTS: dict[str, Any] = {
+    "name": None,
+    "role": "linear",
+    "symmetry": "",
+    "rule": None,
+    "centered": False,
+    "layout": None,
+    "momentum": 0.95,
+    "momentum_kind": "ema",
+    "scale": "none",
+    "alpha": None,
+    "eps": 1e-8,
+    "row_damping": 0.0,
+    "precision": "auto",
+    "radius": 1.0,
+    "betas": (0.9, 0.95),
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "master_weights": True,
+}
+
+# What a checkpoint must share with the optimizer that loads it: these decide what the saved state means. The other
+# keys are rates and the like, which a checkpoint brings along as with any torch optimizer.
+MEANING = ("rule", "centered", "layout", "momentum_kind", "scale")
+
+
+def validate_group(group: Mapping[str, Any]) -> None:
+    """Check every key of a group, and its layout against its parameters.
+
+    Raises:
+        ConfigError: naming the group, the key, the value and what is allowed.
+        TaxonomyError: if the layout does not fit a parameter.
+    """
+    where = f"group {group['name']!r}"
+    unknown = sorted(set(group) - set(DEFAULTS) - {"params", "param_names", "initial_lr"})
+    if unknown:
+        raise ConfigError(f"{where}: unknown key(s) {', '.join(map(repr, unknown))}; known: {', '.join(DEFAULTS)}")
+    if group["rule"] is None:
+        raise ConfigError(
+            f"{where} has no rule. Give rule=... to the group or to SymOpt, or build the groups with SymOpt.for_module."
+        )
+    rule = get_rule(group["rule"])
+    _range(where, "lr", group["lr"], low=0.0)
+    _range(where, "weight_decay", group["weight_decay"], low=0.0)
+    _range(where, "momentum", group["momentum"], low=0.0, below=1.0)
+    _range(where, "eps", group["eps"], low=0.0)
+    _range(where, "row_damping", group["row_damping"], low=0.0)
+    _range(where, "radius", group["radius"], low=0.0)
+    for beta in group["betas"]:
+        _range(where, "betas", beta, low=0.0, below=1.0)
+    _choice(where, "momentum_kind", group["momentum_kind"], ("ema", "nesterov"))
+    _choice(where, "precision", group["precision"], ("exact", "fp32", "bf16", "auto"))
+    validate_scale(group["scale"], rule=rule, alpha=group["alpha"])
+    if group["centered"] and not rule.centerable:
+        raise ConfigError(f"{where}: the rule {rule.name!r} cannot be centered; set centered=False")
+    if group["layout"] is not None and not isinstance(group["layout"], Layout):
+        raise ConfigError(f"{where}: layout={group['layout']!r} must be a Layout, such as Layout.matrix()")
+    for parameter in group["params"]:
+        if parameter.is_complex():
+            raise ConfigError(
+                f"{where}: complex parameters have no update here; view them as real (torch.view_as_real)"
+            )
+        layout_of(group, parameter).parts(parameter.shape)
+
+
+def layout_of(group: Mapping[str, Any], parameter: Tensor) -> Layout:
+    """The group's layout; without one, a matrix is one matrix and any other tensor, for coordinate rules, a column.
+
+    Raises:
+        ConfigError: if a matrix rule meets a tensor that is not a matrix and no layout says what it holds.
+    """
+    if group["layout"] is not None:
+        return group["layout"]  # type: ignore[no-any-return]
+    if parameter.ndim == 2:
+        return Layout.matrix()
+    if get_rule(group["rule"]).kind != "coordinate":
+        raise ConfigError(
+            f"group {group['name']!r}: the rule {group['rule']!r} acts on matrices, and a parameter of shape "
+            f"{tuple(parameter.shape)} is none. Say what it holds (Layout.experts(), Layout.flatten(), ...), "
+            f"or use the rule 'adamw'."
+        )
+    return Layout.column()
+
+
+def _range(where: str, key: str, value: Any, *, low: float, below: float | None = None) -> None:
+    # `not >=` rather than `<`, so that NaN is refused too.
+    if not float(value) >= low or (below is not None and not float(value) < below) or float(value) == float("inf"):
+        limit = f"in [{low:g}, {below:g})" if below is not None else f"a finite number of at least {low:g}"
+        raise ConfigError(f"{where}: {key}={value} must be {limit}")
+
+
+def _choice(where: str, key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{where}: {key}={value!r} is unknown; known: {', '.join(map(repr, known))}")

@@ -1,0 +1,63 @@
+"""`SymOptMixin`: the symmetric optimizer for anybody's LightningModule."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+
+from lit_symopt.blocks import BlockTaxonomy, known_taxonomy
+from lit_symopt.config import SymOptConfig
+from lit_symopt.optim import SymOpt
+from lit_symopt.schedule import build_scheduler
+from lit_symopt.table import print_table
+
+
+class SymOptMixin:
+    """Gives a LightningModule `configure_optimizers` from a `SymOptConfig`. Put it before `LightningModule`.
+
+    Set `symopt` on the class, or in `__init__` from an argument that YAML can set. Override `block_taxonomy` to say
+    what the parameters are; the known architectures need not.
+
+    Example:
+        >>> import lightning as L
+        >>> from lit_symopt import Block, BlockTaxonomy, Role, SymOptConfig, SymOptMixin
+        >>> class Classifier(SymOptMixin, L.LightningModule):
+        ...     symopt = SymOptConfig(lr=3e-3)
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Linear(8, 4)
+        ...     def block_taxonomy(self):
+        ...         return BlockTaxonomy([Block("*.weight", role=Role.LINEAR), Block("*.bias", role=Role.VECTOR)])
+        >>> _ = Classifier().configure_optimizers()  # prints the block table
+        parameter   shape  role    symmetry     rule      centered  lr
+        --------------------------------------------------------------
+        net.weight  4×8    linear  O(m) × O(n)  spectral  no        0.003
+        net.bias    4      vector  S_m × 1      adamw     no        0.003
+    """
+
+    symopt: SymOptConfig = SymOptConfig()
+    _table_printed: bool = False
+
+    def block_taxonomy(self) -> BlockTaxonomy:
+        """The blocks of this module; the default finds a known architecture inside it.
+
+        Raises:
+            TaxonomyError: if there is none; override this method then.
+        """
+        return known_taxonomy(self._module())
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """One `SymOpt` over every trainable parameter, and its schedule, stepped with every optimizer step."""
+        module, taxonomy = self._module(), self.block_taxonomy()
+        optimizer = SymOpt.for_module(module, taxonomy, config=self.symopt)
+        if not self._table_printed:
+            self._table_printed = True
+            rank_zero_only(print_table)(optimizer, taxonomy.frozen(module))
+        scheduler = build_scheduler(optimizer, self.symopt.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+
+    def _module(self) -> nn.Module:
+        if not isinstance(self, nn.Module):
+            raise TypeError(f"{type(self).__name__} must derive from SymOptMixin and LightningModule, in this order")
+        return self
