@@ -38,8 +38,10 @@ class FiniteCheck:
             return None
         # The maximum norm carries inf and NaN along and, unlike a sum of squares, cannot overflow by itself.
         norms = torch._foreach_norm(list(gradients), float("inf"))
-        device = gradients[0].device
-        finite = torch.isfinite(torch.stack([norm.to(device, torch.float32, non_blocking=True) for norm in norms]))
+        device, dtype = norms[0].device, norms[0].dtype
+        if any(norm.device != device or norm.dtype != dtype for norm in norms):
+            norms = tuple(norm.to(device, torch.float64, non_blocking=True) for norm in norms)
+        finite = torch.isfinite(torch.stack(norms))
         defer = device.type != "cpu" if self.defer is None else self.defer
         if not defer:
             _raise_for(names, finite)

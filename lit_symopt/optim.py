@@ -97,12 +97,9 @@ class SymOpt(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys."""
-        super().add_param_group(param_group)
+        name = param_group.get("name") or f"group{len(self.param_groups)}"
+        super().add_param_group({**param_group, "name": name, "params": _named(param_group["params"], name)})
         group = self.param_groups[-1]
-        if group["name"] is None:
-            group["name"] = f"group{len(self.param_groups) - 1}"
-        if "param_names" not in group:
-            group["param_names"] = [f"{group['name']}[{index}]" for index in range(len(group["params"]))]
         try:
             names = [other["name"] for other in self.param_groups]
             if names.count(group["name"]) > 1:
@@ -156,13 +153,15 @@ class SymOpt(torch.optim.Optimizer):
         found = []
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if parameter.grad is not None:
+                if parameter.grad is not None and parameter.numel() > 0:
                     _refuse_unusable(name, parameter.grad)
                     found.append((name, parameter, group))
         members = []
         for name, parameter, group in found:  # after every gradient was looked at: an error leaves no state behind
             weight = self._weight(parameter, group)
-            gradient = parameter.grad.to(weight.dtype)
+            gradient = parameter.grad
+            if gradient.dtype != weight.dtype:
+                gradient = gradient.to(weight.dtype)
             members.append(Member(name, gradient, weight, parameter, group, self.state[parameter]))
         return members
 
@@ -281,6 +280,14 @@ def groups_for(blocks: Iterable[Block], module: nn.Module, config: SymOptConfig)
         group["name"] = next(name for name in candidates if name not in taken)
         taken.add(group["name"])
     return list(groups.values())
+
+
+def _named(params: Any, name: str) -> Any:
+    """Parameters as (name, parameter) pairs, which torch keeps as the group's `param_names`."""
+    if isinstance(params, (set, frozenset)):
+        return params  # torch refuses them, because their order is not fixed
+    listed = [params] if isinstance(params, Tensor) else list(params)
+    return [pair if isinstance(pair, tuple) else (f"{name}[{index}]", pair) for index, pair in enumerate(listed)]
 
 
 def _refuse_unusable(name: str, gradient: Tensor) -> None:

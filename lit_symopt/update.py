@@ -67,14 +67,14 @@ class Member:
 def make_state(member: Member) -> None:
     """Create the state a rule keeps: nothing, one momentum an element, or AdamW's two."""
     state, weight, group = member.state, member.weight, member.group
-    if group["rule"] == "adamw":
+    if group["rule"] == "adamw" and "step" not in state:
         # On an accelerator the step counter lies there too, so that a refused step can be masked without asking.
         device = weight.device if weight.is_cuda else torch.device("cpu")
-        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
-        state.setdefault("exp_avg", torch.zeros_like(weight, memory_format=torch.preserve_format))
-        state.setdefault("exp_avg_sq", torch.zeros_like(weight, memory_format=torch.preserve_format))
-    elif group["momentum"] > 0.0:
-        state.setdefault("momentum_buffer", torch.zeros_like(weight, memory_format=torch.preserve_format))
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+    elif group["rule"] != "adamw" and group["momentum"] > 0.0 and "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
 
 
 def update(bucket: Sequence[Member]) -> None:

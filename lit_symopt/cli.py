@@ -1,0 +1,95 @@
+"""The command line `lit-symopt`, also `python -m lit_symopt` and `fabric run lit_symopt/__main__.py`.
+
+What does not train starts fast: lightning and transformers are imported only by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lit_symopt.errors import SymOptError
+
+HELP = """\
+usage: lit-symopt COMMAND [options]
+
+Train language models with one optimizer that gives every weight block the update of its symmetry.
+
+commands:
+  fit        train:                lit-symopt fit --config configs/quickstart.yaml
+             continue:             lit-symopt fit --config configs/quickstart.yaml --ckpt_path last
+             another optimizer:    lit-symopt fit --config configs/quickstart.yaml --model.symopt.stack adamw
+  validate   validation loss:      lit-symopt validate --config configs/quickstart.yaml --ckpt_path last
+  test       test loss:            lit-symopt test --config configs/quickstart.yaml --ckpt_path last
+  export     weights for transformers:  lit-symopt export CHECKPOINT FOLDER
+  data       token shards:         lit-symopt data convert ..., lit-symopt data info SHARD
+
+Every option of a recipe can be given on the command line; `lit-symopt fit --help` lists them, and
+`lit-symopt fit --config RECIPE --print_config` shows what a recipe comes to.
+
+options:
+  -h, --help     show this help
+  -V, --version  show the version
+"""
+TRAINING = ("fit", "validate", "test")
+WRONG_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 for input that is wrong, with one `error:` message.
+
+    Args:
+        argv: the arguments after the program's name; default: those of this process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    try:
+        if command in ("-V", "--version"):
+            from lit_symopt import __version__
+
+            print(f"lit-symopt {__version__}")
+        elif command in TRAINING:
+            from lit_symopt.training import run
+
+            run(None if argv is None else arguments)
+        elif command == "export":
+            _export(arguments[1:])
+        elif command == "data":
+            _data(arguments[1:])
+        else:
+            known = ", ".join((*TRAINING, "export", "data"))
+            return _complain(f"there is no command {command!r}; the commands are {known} (lit-symopt --help)")
+    except SymOptError as error:
+        return _complain(str(error))
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def _export(arguments: list[str]) -> None:
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="lit-symopt export", description="Write the model of a checkpoint as a save_pretrained folder."
+    )
+    parser.add_argument("checkpoint", help="a .ckpt file of a run")
+    parser.add_argument("folder", help="where to write; a folder that does not exist yet")
+    given = parser.parse_args(arguments)
+    from lit_symopt.models.pretrained import export_checkpoint
+
+    export_checkpoint(given.checkpoint, given.folder)
+    print(f"wrote {given.folder}")
+
+
+def _data(arguments: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from lit_symopt.data.commands import convert, info
+
+    auto_cli({"convert": convert, "info": info}, args=arguments, prog="lit-symopt data")

@@ -1,0 +1,175 @@
+"""`fit`, `validate` and `test`: LightningCLI over any LightningModule and LightningDataModule."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from time import time
+from typing import Any
+
+import lightning as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_symopt.errors import ConfigError, SymOptError
+from lit_symopt.models.checkpoint import (
+    newest_checkpoint,
+    open_checkpoint,
+    refuse_another_architecture,
+    refuse_another_run,
+)
+
+
+_ROLE_OPTION = re.compile(r"(?P<roles>--model\.(init_args\.)?symopt\.roles)\.(?P<role>\w+)\.\w+")
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with one addition: the checkpoint to start from is found and checked before anything is written.
+
+    `--ckpt_path last` is the newest whole checkpoint of earlier runs of the recipe (Lightning's own `last` looks in
+    the new run's empty folder). A checkpoint of another architecture or, to train on, of another stack is refused.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Trainer's methods that are commands, each with the arguments that are not options."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "validate", "test")}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the command line, `--model.symopt.roles.ROLE.KEY VALUE` included for a role the recipe leaves out."""
+        if args is None or isinstance(args, list):
+            args = _with_roles(sys.argv[1:] if args is None else args)
+            self.config = parser.parse_args(args)
+        else:
+            super().parse_arguments(parser, args)
+
+    def instantiate_classes(self) -> None:
+        """Builds data, model and Trainer; what they say about wrong input is not buried in a parsing error."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _said_by_us(error) or error from None
+
+    def after_instantiate_classes(self) -> None:
+        """Finds and checks the checkpoint."""
+        asked = self._get(self.config, "ckpt_path")
+        if asked is None or asked == "best" or "://" in str(asked) or Path(asked).is_dir():
+            return  # Lightning's own meaning; a folder is a sharded checkpoint, which its strategy checks
+        resume = self.subcommand == "fit"
+        if asked == "last":
+            path, passed_over = newest_checkpoint(checkpoint_places(self.trainer), self.model, resume=resume)
+            _announce([f"passed over: {reason}" for reason in passed_over])
+        else:
+            path = Path(asked)
+            refuse = refuse_another_run if resume else refuse_another_architecture
+            refuse(open_checkpoint(path), self.model, source=str(path))
+        _announce([f"{'continuing from' if resume else 'using'} {path}"])
+        for config in (self.config, self.config_init):  # what is saved with the run, and what is run
+            config[self.subcommand]["ckpt_path"] = str(path)
+
+
+def checkpoint_places(trainer: L.Trainer) -> list[tuple[Path, str]]:
+    """Where the Trainer's ModelCheckpoint has put the checkpoints of earlier runs: folders, each with a glob pattern."""
+    own = [callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    fixed = [(Path(folder), "*.ckpt") for folder in own if folder is not None]
+    if fixed:
+        return fixed
+    if not trainer.loggers:
+        return [(Path(trainer.default_root_dir) / "checkpoints", "*.ckpt")]
+    logger = trainer.loggers[0]
+    return [(Path(logger.save_dir or trainer.default_root_dir) / str(logger.name), "*/checkpoints/*.ckpt")]
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Run a Trainer command; `None` takes the process's arguments.
+
+    Raises:
+        SymOptError: for wrong input that parsing does not see.
+        SystemExit: with code 2 for wrong input that it does.
+    """
+    # `omegaconf+` resolves ${...} after the command line is read, so that an override reaches every value made of it.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    # Lightning 2.6 against torch 2.13 and newer; nothing the user could do about it.
+    warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+    try:
+        TrainingCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "prog": "lit-symopt",
+                **{
+                    name: {"usage": f"lit-symopt {name} --config RECIPE [options]"}
+                    for name in TrainingCLI.subcommands()
+                },
+            },
+            trainer_defaults={"callbacks": [_NothingHalfWritten()]},
+            args=None if arguments is None else list(arguments),
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"an interpolation of the recipe cannot be resolved: {error}") from error
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
+
+
+class _NothingHalfWritten(L.Callback):
+    """Removes the log folder of a run that wrong input ended before its first batch."""
+
+    def __init__(self) -> None:
+        self._began = time()
+        self._ran = False
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._ran = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._ran or not isinstance(exception, SymOptError) or not trainer.is_global_zero or not trainer.loggers:
+            return
+        folder = Path(trainer.loggers[0].log_dir or "")
+        files = [path for path in folder.rglob("*") if path.is_file()] if folder != Path() else []
+        # A folder with anything older than this process is somebody else's.
+        if files and all(path.stat().st_mtime >= self._began for path in files):
+            shutil.rmtree(folder)
+            for parent in list(folder.parents)[:2]:  # the logger's name and save_dir
+                if parent != Path() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def _said_by_us(error: BaseException) -> SymOptError | None:
+    """The SymOptError that an error was raised for, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SymOptError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _with_roles(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with an empty entry made for every role that one of them reaches into.
+
+    jsonargparse sets a key inside a dict of dataclasses only where the dict has entries already.
+    """
+    made = []
+    for argument in arguments:
+        inside = _ROLE_OPTION.match(argument)
+        if inside:
+            made.append(f'{inside["roles"]}={{"{inside["role"]}": {{}}}}')
+        made.append(argument)
+    return made
+
+
+@rank_zero_only
+def _announce(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
