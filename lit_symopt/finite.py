@@ -25,7 +25,7 @@ class FiniteCheck:
 
     def __init__(self, *, defer: bool | None = None) -> None:
         self.defer = defer
-        self._seen: tuple[list[str], Tensor, torch.Event | None] | None = None
+        self._pending: list[tuple[list[str], Tensor, torch.Event | None]] = []
 
     def admit(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Tensor | None:
         """A boolean scalar on the device, true if the step may be taken; `None` if that is already certain.
@@ -46,8 +46,7 @@ class FiniteCheck:
         if not defer:
             _raise_for(names, finite)
             return None
-        if self._seen is None:  # else an earlier step's flag is still under way: its error comes first
-            self._seen = (list(names), *_copy_to_host(finite))
+        self._pending.append((list(names), *_copy_to_host(finite)))
         return finite.all()
 
     def raise_pending(self, *, wait: bool = True) -> None:
@@ -56,16 +55,15 @@ class FiniteCheck:
         Args:
             wait: synchronize with the device to be certain; otherwise look only at what has already arrived.
         """
-        if self._seen is None:
-            return
-        names, finite, event = self._seen
-        if event is not None:
-            if wait:
-                event.synchronize()
-            elif not event.query():
-                return
-        self._seen = None
-        _raise_for(names, finite)
+        while self._pending:
+            names, finite, event = self._pending[0]
+            if event is not None:
+                if wait:
+                    event.synchronize()
+                elif not event.query():
+                    return
+            self._pending.pop(0)
+            _raise_for(names, finite)
 
 
 @contextmanager

@@ -333,6 +333,21 @@ def test_a_deferred_refusal_masks_every_write_and_raises_at_the_next_step(stack:
     optimizer.check()  # raised once, not for ever
 
 
+def test_a_gradient_scaler_finds_the_overflow_before_the_optimizer_does() -> None:
+    net = Net()
+    optimizer = SymOpt.for_module(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for value in (1.0, float("inf")):
+        before = weights(net)
+        optimizer.zero_grad()
+        scaler.scale(value * net(torch.arange(12)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = any(not torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+        assert moved == (value == 1.0)
+    assert scaler.get_scale() == 512.0
+
+
 def test_the_first_step_can_be_refused_as_well() -> None:
     net = Net()
     optimizer = SymOpt.for_module(net)
