@@ -1,0 +1,137 @@
+r"""The polar factor of a batch of matrices, in the precision asked for.
+
+    polar(M) = M (MᵀM)^{-1/2} = (MMᵀ)^{-1/2} M = V Wᵀ   for M = V diag(σ) Wᵀ, over the singular values σ ≥ 3e-6 σ₁
+
+| precision | method | where |
+|---|---|---|
+| `exact` | `svd`: singular value decomposition in float64 | everywhere; float64 matrices whatever the precision |
+| `fp32` | `eigh`: the Gram matrix of the smaller side, accumulated and decomposed in float64 | CPU; side ≤ 256 |
+| | `iteration`: the same Gram matrix, nine steps of Polar Express in float64 | accelerators, side > 256 |
+| `bf16` | `bf16`: five steps of Polar Express on the matrix in bfloat16 | everywhere |
+| `auto` | that of `fp32` on a CPU, `bf16` on an accelerator | |
+
+Errors ‖U - U_ref‖/‖U_ref‖ (Frobenius) against a float64 singular value decomposition of the same float32 matrix, upper
+bounds that the tests check and `profiles/records/polar-accuracy` measures:
+
+| spectrum | exact | fp32 `eigh` | fp32 `iteration` | `bf16` |
+|---|---|---|---|---|
+| Gaussian, m ≥ 2n | 1e-6 | 1e-6 | 1e-5 | 0.04 |
+| Gaussian, square | 1e-6 | 1e-6 | 1e-3 | 0.1 |
+| σ log-uniform over 1e2 | 1e-6 | 1e-6 | 1e-5 | 0.06 |
+| σ log-uniform over 1e3 | 1e-6 | 1e-6 | 1e-4 | 0.35 |
+| σ log-uniform over 1e4 | 1e-6 | 1e-6 | 1e-3 | 0.6 |
+| any within [1e-4, 1] | 1e-6 | 1e-6 | 1e-3 | 1 |
+| rank 8 | 1e-6 | 1e-6 | 1e-3 | 1.2: the rounding to bfloat16 fills the null space |
+
+`auto` has the errors of `eigh` on a CPU, because there it is not only more accurate but also faster than a float32
+iteration on the matrix (see the record), and those of `bf16` on an accelerator. In `bf16` the directions with
+σ ≥ 1e-2 σ₁ come out with singular values in [0.8, 1.05]; smaller ones come out smaller, which is why the error grows
+with the spread.
+
+There is no float32 matrix product in any of these methods, so TF32 cannot enter a Gram matrix. Only `svd` and `eigh`
+synchronize with the host on an accelerator.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_symopt.errors import ConfigError
+from lit_symopt.linalg.coefficients import polar_express
+from lit_symopt.linalg.decompose import inverse_root_eigh, inverse_root_svd
+from lit_symopt.linalg.newton_schulz import inverse_root_iteration, iterate
+
+Precision = Literal["exact", "fp32", "bf16", "auto"]
+Method = Literal["svd", "eigh", "iteration", "bf16"]
+
+DECOMPOSE_UP_TO = 256
+"""Side of the largest Gram matrix that is decomposed on an accelerator, where decompositions are slow."""
+
+# Five steps as in Muon. The Schatten-4 norm that `iterate` starts from is up to n^{1/4} times closer to σ₁ than the
+# Frobenius norm, so a larger lower bound than the published 1e-3 reaches as far down, and converges.
+_BF16 = {"lower": 3e-3, "cushion": 0.1, "safety": 1.01}
+_BF16_STEPS = 5
+
+
+@torch.no_grad()
+def polar(x: Tensor, *, precision: Precision = "auto", as_dtype: torch.dtype | None = None) -> Tensor:
+    """The polar factor of each matrix of `x` [..., m, n]: same shape, same dtype; `x` is not written.
+
+    Invariant to the scale of `x`; a zero matrix gives zeros, one with an entry that is not finite gives NaN.
+
+    Args:
+        x: real matrices [..., m, n] of any floating dtype; the dimensions may be 0.
+        precision: see the table of the module.
+        as_dtype: compute `x` as if it were of this dtype. A float64 intermediate that stems from float32 data needs the
+            promises of float32 only.
+
+    Raises:
+        ConfigError: for an unknown precision, and for what is not a batch of real matrices.
+
+    >>> polar(torch.tensor([[0.0, 1e-20], [-3e-21, 0.0]]))
+    tensor([[ 0.,  1.],
+            [-1.,  0.]])
+    """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ConfigError(f"polar needs real matrices [..., m, n], got {x.dtype} of shape {tuple(x.shape)}")
+    side = min(x.shape[-2:])
+    method = method_for(precision, dtype=as_dtype or x.dtype, device_type=x.device.type, side=side)
+    return polar_by(method, x)
+
+
+def method_for(precision: Precision, *, dtype: torch.dtype, device_type: str, side: int) -> Method:
+    """How a matrix of this dtype, on this kind of device, with this smaller side, gets its polar factor."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision {precision!r} is not known; choose one of {', '.join(get_args(Precision))}")
+    if precision == "exact" or dtype == torch.float64:
+        return "svd"
+    if precision == "bf16" or (precision == "auto" and device_type != "cpu"):
+        return "bf16"
+    return "eigh" if device_type == "cpu" or side <= DECOMPOSE_UP_TO else "iteration"
+
+
+def polar_by(method: Method, x: Tensor) -> Tensor:
+    """The polar factor of each matrix of `x` [..., m, n] by a given method, through the smaller side."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    if x.shape[-2] < x.shape[-1]:
+        return _polar_of_tall(method, x.mT).mT.contiguous()
+    return _polar_of_tall(method, x)
+
+
+def inverse_root(gram: Tensor) -> Tensor:
+    """G^{-1/2} of float64 Gram matrices [..., n, n] as `fp32` computes it, zero on the null space σ < 3e-6 σ₁.
+
+    For an update whose rows lie in several places: add up their Gram matrices, then multiply each part by this root.
+
+    >>> m = torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
+    >>> m @ inverse_root(m.mT @ m)
+    tensor([[0.6000, 0.0000],
+            [0.8000, 0.0000]], dtype=torch.float64)
+    """
+    if gram.dtype != torch.float64:
+        raise ConfigError(f"a Gram matrix squares the condition number and must be float64, got {gram.dtype}")
+    side = gram.shape[-1]
+    method = method_for("fp32", dtype=torch.float32, device_type=gram.device.type, side=side)
+    return inverse_root_eigh(gram) if method == "eigh" else inverse_root_iteration(gram)
+
+
+def _polar_of_tall(method: Method, x: Tensor) -> Tensor:
+    work = x.to(torch.float32 if method == "bf16" and x.dtype != torch.float64 else torch.float64)
+    # Dividing by the largest entry makes every square and product safe. It rounds, where a power of two would not, but
+    # at the working precision, which has digits to spare, and it needs no care for exponents out of range.
+    peak = torch.linalg.vector_norm(work, torch.inf, dim=(-2, -1), keepdim=True)
+    finite = peak.isfinite()
+    work = torch.where(finite, work / torch.where(peak > 0, peak, 1), 0)
+    if method == "bf16":
+        u = iterate(work.bfloat16(), polar_express(steps=_BF16_STEPS, **_BF16))
+    elif method == "svd":
+        u = work @ inverse_root_svd(work)
+    elif method == "eigh":
+        u = work @ inverse_root_eigh(work.mT @ work)
+    else:
+        u = work @ inverse_root_iteration(work.mT @ work)
+    return torch.where(finite, u, torch.nan).to(x.dtype)

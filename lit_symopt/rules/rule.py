@@ -1,0 +1,49 @@
+"""What the optimizer and a reader need to know of a rule: the noun the registry is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from lit_symopt.linalg import Precision
+
+Scale = Literal["none", "spectral", "aspect", "rms", "row_rms", "inverse_fan_in", "nuclear"]
+Kind = Literal["spectral", "row", "coordinate"]
+
+SPECTRAL_SCALES: frozenset[Scale] = frozenset({"none", "spectral", "aspect", "rms", "nuclear"})
+ROW_SCALES: frozenset[Scale] = frozenset({"none", "rms", "row_rms", "nuclear"})
+
+
+class RuleFunction(Protocol):
+    """momentum [..., m, n] → update [..., m, n], same dtype; pure: the momentum is never written."""
+
+    def __call__(
+        self,
+        momentum: Tensor,
+        *,
+        centered: bool = False,
+        precision: Precision = "auto",
+        eps: float = 1e-8,
+        row_damping: float = 0.0,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A map from momentum to update, with the group it commutes with.
+
+    `kind` says what the last step leaves behind: singular values of one (`spectral`), rows of norm one (`row`), or
+    neither (`coordinate`). `scales` are the scales that make sense after it, `centerable` whether Π may be put around
+    it.
+    """
+
+    name: str
+    function: RuleFunction
+    equation: str
+    group: str
+    kind: Kind
+    scales: frozenset[Scale]
+    centerable: bool
+    source: str

@@ -1,0 +1,86 @@
+r"""How long a step is, apart from the learning rate.
+
+| scale | factor | after |
+|---|---|---|
+| `none` | 1 | every rule |
+| `spectral` | max(1, fan_out/fan_in)^{1/2} | a polar factor |
+| `aspect` | (fan_out/fan_in)^{1/2} | a polar factor |
+| `rms` | 0.2·√max(m, n) after a polar factor, 0.2·√n after a row norm | both |
+| `row_rms` | √n: each row has root mean square one | a row norm |
+| `inverse_fan_in` | 1/fan_in | `sign` |
+| `nuclear` | ν^α, ν = max(⟨M, U⟩, 0) of each matrix | both |
+
+Here m × n is the matrix whose rows are units, fan_out × fan_in the matrix as a linear map. A polar factor of full rank
+has Frobenius norm √min(m, n), so `rms` makes the root mean square of an entry 0.2, about that of an AdamW update; it is
+analytic, never measured, so a low-rank momentum gives a smaller step.
+
+Sources: `spectral` Jordan et al. 2024 (Muon); `aspect`, `row_rms` and `inverse_fan_in` Pethick et al. 2025,
+arXiv:2502.07529 (Scion: its norms for hidden layers, one-hot inputs and the last layer); `rms` Liu et al. 2025,
+arXiv:2502.16982 (Moonlight); `nuclear` Lau et al. 2025, arXiv:2505.21799 (PolarGrad), and Carlson et al. 2015
+(stochastic spectral descent).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_symopt.errors import ConfigError
+from lit_symopt.rules.rule import Rule
+
+ADAMW_RMS = 0.2
+"""The root mean square of an AdamW update's entries, as measured by Liu et al. 2025, arXiv:2502.16982."""
+
+
+def validate_scale(scale: str, *, rule: Rule, alpha: float | None = None) -> None:
+    """Check that `scale` makes sense after `rule`, and that `alpha` is given for `nuclear` only, and not negative.
+
+    Raises `ConfigError` that names the rule, the scale and those that are allowed.
+    """
+    if scale not in rule.scales:
+        raise ConfigError(
+            f"scale {scale!r} makes no sense after rule {rule.name!r}; choose one of {', '.join(sorted(rule.scales))}"
+        )
+    if alpha is not None and scale != "nuclear":
+        raise ConfigError(f"alpha={alpha} belongs to scale 'nuclear', not {scale!r}; drop it or set scale: nuclear")
+    if alpha is not None and not (math.isfinite(alpha) and alpha >= 0):
+        raise ConfigError(f"alpha={alpha} must be a finite number >= 0")
+
+
+def scale_factor(
+    scale: str, *, rule: Rule, momentum: Tensor, update: Tensor, fan_out: int, fan_in: int, alpha: float = 1.0
+) -> float | Tensor:
+    """The factor of `update` [..., m, n]: a number, or for `nuclear` a tensor [..., 1, 1], one number a matrix.
+
+    Raises `ConfigError` for a scale that makes no sense after `rule`.
+
+    >>> from lit_symopt.rules import get_rule
+    >>> u = torch.eye(2)
+    >>> scale_factor("aspect", rule=get_rule("spectral"), momentum=u, update=u, fan_out=4, fan_in=1)
+    2.0
+    >>> scale_factor("nuclear", rule=get_rule("spectral"), momentum=3 * u, update=u, fan_out=2, fan_in=2)
+    tensor([[6.]])
+    """
+    validate_scale(scale, rule=rule)
+    m, n = update.shape[-2:]
+    if scale == "none" or update.numel() == 0:
+        return 1.0
+    if scale == "spectral":
+        return math.sqrt(max(1.0, fan_out / fan_in))
+    if scale == "aspect":
+        return math.sqrt(fan_out / fan_in)
+    if scale == "rms":
+        return ADAMW_RMS * math.sqrt(n if rule.kind == "row" else max(m, n))
+    if scale == "row_rms":
+        return math.sqrt(n)
+    if scale == "inverse_fan_in":
+        return 1 / fan_in
+    return nuclear_norm(momentum, update).pow(alpha).to(update.dtype)
+
+
+def nuclear_norm(momentum: Tensor, update: Tensor) -> Tensor:
+    """ν = max(⟨M, U⟩, 0) of each matrix, float64 [..., 1, 1]; for U = polar(M) it is the nuclear norm of M."""
+    # No entry of U exceeds one, so the products cannot overflow; their sum could, in less than float64.
+    return torch.sum(momentum * update, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp(min=0)

@@ -1,0 +1,45 @@
+r"""The momentum itself.
+
+    U = M
+
+Commutes with every rotation, O(m) × O(n), because it does nothing: the baseline of all rules, and the only one whose
+step is not invariant to the scale of the gradient.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lit_symopt.linalg import Precision
+from lit_symopt.rules.centering import on_quotient
+from lit_symopt.rules.rule import Rule
+
+
+def sgd(
+    momentum: Tensor,
+    *,
+    centered: bool = False,
+    precision: Precision = "auto",
+    eps: float = 1e-8,
+    row_damping: float = 0.0,
+) -> Tensor:
+    """A copy of `momentum` [..., m, n], or ΠM if `centered`.
+
+    >>> import torch
+    >>> sgd(torch.tensor([[1.0], [3.0]]), centered=True)
+    tensor([[-1.],
+            [ 1.]])
+    """
+    return on_quotient(lambda x: x.clone(), momentum, centered=centered, precision=precision)
+
+
+RULE = Rule(
+    name="sgd",
+    function=sgd,
+    equation="M",
+    group="O(m) × O(n)",
+    kind="coordinate",
+    scales=frozenset({"none"}),
+    centerable=True,
+    source="Robbins and Monro 1951",
+)

@@ -1,0 +1,314 @@
+"""The numerical promises of the polar factor, against a float64 singular value decomposition of the same input."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lit_symopt.errors import ConfigError
+from lit_symopt.linalg import Precision, inverse_root, polar
+from lit_symopt.linalg.polar import Method, method_for, polar_by
+from tests.matrices import (
+    PROPERTY,
+    condition,
+    generator,
+    haar,
+    log_uniform,
+    polar_reference,
+    relative_error,
+    with_spectrum,
+)
+
+FP32_METHODS: list[Method] = ["eigh", "iteration"]
+PRECISIONS: list[Precision] = ["exact", "fp32", "bf16", "auto"]
+
+
+def nasty(k: int) -> dict[str, Tensor]:
+    """Spectra within [1e-4, 1] that an iteration or a filter may like least."""
+    ones = torch.ones(k)
+    return {
+        "flat": ones,
+        "ones and a single 1e-4": torch.cat([ones[1:], 1e-4 * ones[:1]]),
+        "a single one and 1e-4": torch.cat([ones[:1], 1e-4 * ones[1:]]),
+        "half and half": torch.cat([ones[: k // 2], 1e-4 * ones[k // 2 :]]),
+        "arithmetic": torch.linspace(1, 1e-4, k),
+    }
+
+
+# ---- accuracy
+
+
+def test_polar_of_an_orthogonal_matrix_is_itself() -> None:
+    q = haar(24, 16, seed=1)
+    assert relative_error(polar(q), q) < 1e-14
+    assert relative_error(polar(q.float(), precision="fp32"), q) < 1e-6
+
+
+def test_polar_of_a_diagonal_matrix_is_its_sign() -> None:
+    diagonal = torch.tensor([3.0, -1e-2, 1e-4, -7.0])
+    torch.testing.assert_close(polar(diagonal.diag(), precision="fp32"), diagonal.sign().diag())
+
+
+@PROPERTY
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    spread=st.floats(0, 4),
+    deficiency=st.integers(0, 39),
+    exponent=st.integers(-12, 12),
+    seed=st.integers(0, 2**16),
+)
+def test_every_float32_matrix_has_the_promised_polar_factor(
+    m: int, n: int, spread: float, deficiency: int, exponent: int, seed: int
+) -> None:
+    k = min(m, n)
+    sigma = log_uniform(k, spread=10**spread, rank=max(1, k - deficiency))
+    x = (10.0**exponent * with_spectrum(m, n, sigma, seed=seed)).float()
+    reference = polar_reference(x)
+    assert relative_error(polar(x, precision="exact"), reference) <= 1e-5
+    assert relative_error(polar(x, precision="fp32"), reference) <= 1e-3
+    assert relative_error(polar_by("iteration", x), reference) <= 1e-3
+
+
+@PROPERTY
+@given(m=st.integers(1, 30), n=st.integers(1, 30), spread=st.floats(0, 4), seed=st.integers(0, 2**16))
+def test_float64_is_converged_whatever_the_precision(m: int, n: int, spread: float, seed: int) -> None:
+    x = with_spectrum(m, n, log_uniform(min(m, n), spread=10**spread), seed=seed)
+    for precision in PRECISIONS:
+        u = polar(x, precision=precision)
+        assert u.dtype == torch.float64
+        assert relative_error(u, polar_reference(x)) <= 1e-10
+
+
+@pytest.mark.parametrize("method", FP32_METHODS)
+@pytest.mark.parametrize("spectrum", nasty(96))
+def test_any_spectrum_within_four_decades_is_accurate(method: Method, spectrum: str) -> None:
+    x = with_spectrum(130, 96, nasty(96)[spectrum]).float()
+    assert relative_error(polar_by(method, x), polar_reference(x)) <= 3e-3
+
+
+@pytest.mark.parametrize("method", FP32_METHODS)
+@pytest.mark.parametrize(("m", "n"), [(320, 280), (270, 512)])
+@pytest.mark.parametrize("rank", [1, 8, 200])
+def test_large_rank_deficient_matrices_keep_their_null_space_empty(method: Method, m: int, n: int, rank: int) -> None:
+    x = with_spectrum(m, n, log_uniform(min(m, n), spread=1e2, rank=rank)).float()
+    assert relative_error(polar_by(method, x), polar_reference(x)) <= 1e-3
+
+
+@pytest.mark.parametrize("method", FP32_METHODS)
+@pytest.mark.parametrize("rows", [64, 300])
+def test_centered_matrices_which_are_always_singular_are_accurate(method: Method, rows: int) -> None:
+    x = torch.randn(rows, rows + 40, generator=generator(3))
+    x = x - x.mean(dim=0)
+    assert relative_error(polar_by(method, x), polar_reference(x)) <= 1e-3
+
+
+def test_a_product_of_float32_factors_is_rank_deficient_up_to_its_rounding() -> None:
+    left, right = torch.randn(300, 8, generator=generator(1)), torch.randn(8, 280, generator=generator(2))
+    x = left @ right
+    for method in FP32_METHODS:
+        assert relative_error(polar_by(method, x), polar_reference(x)) <= 1e-3
+
+
+# ---- the documented errors of bf16 and auto
+
+BF16_TABLE = {
+    "Gaussian, m >= 2 n": 0.04,
+    "Gaussian, square": 0.1,
+    "log-uniform over 1e2": 0.06,
+    "log-uniform over 1e3": 0.35,
+    "log-uniform over 1e4": 0.6,
+    "rank 8": 1.2,
+}
+
+
+def documented(spectrum: str, m: int, n: int) -> Tensor:
+    if spectrum.startswith("Gaussian"):
+        return torch.randn(m, n if spectrum.endswith("n") else m, generator=generator(m))
+    if spectrum.startswith("rank"):
+        return with_spectrum(m, n, log_uniform(min(m, n), spread=1, rank=8)).float()
+    return with_spectrum(m, n, log_uniform(min(m, n), spread=float(spectrum.rsplit(maxsplit=1)[-1]))).float()
+
+
+@pytest.mark.parametrize("spectrum", BF16_TABLE)
+@pytest.mark.parametrize(("m", "n"), [(128, 32), (256, 128), (512, 256)])
+def test_bf16_stays_within_its_table(spectrum: str, m: int, n: int) -> None:
+    x = documented(spectrum, m, n)
+    u = polar(x, precision="bf16")
+    assert relative_error(u, polar_reference(x)) <= BF16_TABLE[spectrum]
+    v, sigma, wh = torch.linalg.svd(x.double(), full_matrices=False)
+    gains = (v.mT @ u.double() @ wh.mT).diagonal()
+    assert float(gains[sigma >= 1e-2 * sigma[0]].min()) >= 0.8
+    assert float(torch.linalg.svdvals(u.double()).max()) <= 1.05
+
+
+def test_auto_is_fp32_on_a_cpu() -> None:
+    x = torch.randn(3, 300, 260, generator=generator(0))
+    assert torch.equal(polar(x, precision="auto"), polar(x, precision="fp32"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "device_type", "side", "method"),
+    [
+        ("auto", torch.float32, "cpu", 4096, "eigh"),
+        ("auto", torch.float32, "cuda", 64, "bf16"),
+        ("auto", torch.float64, "cuda", 64, "svd"),
+        ("fp32", torch.float32, "cuda", 256, "eigh"),
+        ("fp32", torch.float32, "cuda", 257, "iteration"),
+        ("fp32", torch.float64, "cuda", 257, "svd"),
+        ("exact", torch.bfloat16, "cuda", 257, "svd"),
+        ("bf16", torch.float32, "cpu", 64, "bf16"),
+    ],
+)
+def test_the_method_is_a_function_of_precision_dtype_device_and_shape(
+    precision: Precision, dtype: torch.dtype, device_type: str, side: int, method: Method
+) -> None:
+    assert method_for(precision, dtype=dtype, device_type=device_type, side=side) == method
+
+
+# ---- symmetry
+
+
+@PROPERTY
+@given(m=st.integers(1, 32), n=st.integers(1, 32), spread=st.floats(0, 4), seed=st.integers(0, 2**16))
+def test_polar_commutes_with_rotations_of_both_sides(m: int, n: int, spread: float, seed: int) -> None:
+    x = with_spectrum(m, n, log_uniform(min(m, n), spread=10**spread), seed=seed)
+    left, right = haar(m, m, seed=seed + 1), haar(n, n, seed=seed + 2)
+    assert relative_error(polar(left @ x @ right), left @ polar(x) @ right) <= 1e-9
+    rotated = (left @ x.float().double() @ right).float()
+    for method in FP32_METHODS:
+        expected = left @ polar_by(method, x.float()).double() @ right
+        assert relative_error(polar_by(method, rotated), expected) <= max(1e-5, 5e-7 * condition(x))
+
+
+@pytest.mark.parametrize("method", FP32_METHODS)
+@pytest.mark.parametrize("rank", [8, 270])
+def test_large_matrices_commute_with_rotations_of_both_sides(method: Method, rank: int) -> None:
+    x = with_spectrum(300, 270, log_uniform(270, spread=10, rank=rank)).float()
+    left, right = haar(300, 300, seed=5), haar(270, 270, seed=6)
+    expected = left @ polar_by(method, x).double() @ right
+    assert relative_error(polar_by(method, (left @ x.double() @ right).float()), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_polar_of_the_transpose_is_the_transpose(precision: Precision) -> None:
+    x = torch.randn(20, 12, generator=generator(0))
+    assert torch.equal(polar(x.mT, precision=precision), polar(x, precision=precision).mT)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("exponent", [-30, -12, 12, 30])
+def test_polar_does_not_see_the_scale(precision: Precision, exponent: int) -> None:
+    x = torch.randn(20, 12, generator=generator(0))
+    scaled = (x.double() * 10.0**exponent).float()
+    tolerance = 0.02 if precision == "bf16" else 1e-5  # the rounding of bfloat16 depends on all digits
+    assert relative_error(polar(scaled, precision=precision), polar(x, precision=precision)) <= tolerance
+    exact_scale = 2.0 ** (3 * exponent)  # powers of two leave no trace
+    assert torch.equal(polar(x * exact_scale, precision=precision), polar(x, precision=precision))
+
+
+@pytest.mark.parametrize("exponent", [-40, 40])
+def test_bfloat16_matrices_times_a_power_of_two_have_the_same_polar_factor(exponent: int) -> None:
+    x = torch.randn(20, 12, generator=generator(0)).bfloat16()
+    for precision in PRECISIONS:
+        u = polar(x * 2.0**exponent, precision=precision)
+        assert u.dtype == torch.bfloat16
+        assert torch.equal(u, polar(x, precision=precision))
+
+
+# ---- edges
+
+
+@pytest.mark.parametrize("method", [*FP32_METHODS, "svd", "bf16"])
+def test_zero_gives_zero_and_damage_stays_in_its_matrix(method: Method) -> None:
+    x = torch.randn(4, 6, 5, generator=generator(0))
+    alone = polar_by(method, x[3:])
+    x[0] = 0
+    x[1, 2, 3] = torch.nan
+    x[2, 0, 0] = torch.inf
+    u = polar_by(method, x)
+    assert torch.equal(u[0], torch.zeros(6, 5))
+    assert u[1].isnan().all()
+    assert u[2].isnan().all()
+    torch.testing.assert_close(u[3:], alone)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 4, 3), (2, 0, 3), (0, 0)])
+def test_an_empty_batch_has_an_empty_polar_factor(precision: Precision, shape: tuple[int, ...]) -> None:
+    assert polar(torch.empty(shape), precision=precision).shape == shape
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_single_row_column_or_entry_is_divided_by_its_norm(precision: Precision) -> None:
+    tolerance = 0.05 if precision == "bf16" else 1e-6
+    for shape in ((1, 1), (1, 7), (7, 1), (3, 2, 1, 5)):
+        x = torch.randn(shape, generator=generator(1)) * 1e-20
+        expected = x.double() / torch.linalg.matrix_norm(x.double(), keepdim=True)
+        assert relative_error(polar(x, precision=precision), expected) <= tolerance
+
+
+@pytest.mark.parametrize("method", [*FP32_METHODS, "svd"])
+def test_a_batch_is_its_matrices_one_by_one(method: Method) -> None:
+    x = torch.randn(2, 3, 7, 5, generator=generator(0))
+    one_by_one = torch.stack([torch.stack([polar_by(method, b) for b in a]) for a in x])
+    torch.testing.assert_close(polar_by(method, x), one_by_one)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_polar_is_bitwise_reproducible_and_never_writes_its_argument(precision: Precision) -> None:
+    x = torch.randn(3, 40, 30, generator=generator(0))
+    before = x.clone()
+    assert torch.equal(polar(x, precision=precision), polar(x, precision=precision))
+    assert torch.equal(x, before)
+
+
+def test_a_zero_row_stays_exactly_zero_in_a_tall_matrix() -> None:
+    x = torch.randn(20, 6, generator=generator(0))
+    x[3] = 0
+    for precision in PRECISIONS:
+        assert polar(x, precision=precision)[3].eq(0).all()
+
+
+def test_inverse_root_times_gram_times_inverse_root_is_the_projection_on_the_range() -> None:
+    x = with_spectrum(40, 12, log_uniform(12, spread=1e2, rank=9))
+    root = inverse_root(x.mT @ x)
+    _, _, wh = torch.linalg.svd(x, full_matrices=False)
+    assert relative_error(root @ (x.mT @ x) @ root, wh[:9].mT @ wh[:9]) < 1e-10
+
+
+def test_inverse_root_refuses_a_gram_matrix_that_has_lost_its_digits() -> None:
+    with pytest.raises(ConfigError, match=r"must be float64, got torch\.float32"):
+        inverse_root(torch.eye(3))
+
+
+def test_an_unknown_precision_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=re.escape("precision 'tf32' is not known; choose one of exact, fp32")):
+        polar(torch.eye(2), precision="tf32")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2) * 1j])
+def test_what_is_not_a_real_matrix_is_refused(x: Tensor) -> None:
+    with pytest.raises(ConfigError, match="polar needs real matrices"):
+        polar(x)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["bf16", "iteration"])
+def test_iterations_do_not_wait_for_the_device(method: Method) -> None:
+    x = torch.randn(2, 320, 300, generator=generator(0)).cuda()
+    polar_by(method, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        u = polar_by(method, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative_error(u.cpu(), polar_reference(x.cpu())) <= (0.1 if method == "bf16" else 1e-3)
