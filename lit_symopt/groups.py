@@ -73,6 +73,11 @@ def validate_group(group: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{where}: complex parameters have no update here; view them as real (torch.view_as_real)"
             )
+        if hasattr(parameter, "device_mesh"):
+            raise ConfigError(
+                f"{where}: a parameter is sharded (DTensor), and no matrix of it is whole on any rank. "
+                f"FSDP2 and tensor parallelism are not supported yet; use one device or DDP."
+            )
         layout_of(group, parameter).parts(parameter.shape)
 
 

@@ -27,7 +27,6 @@ from lit_symopt.models.checkpoint import (
     refuse_another_run,
 )
 
-
 _ROLE_OPTION = re.compile(r"(?P<roles>--model\.(init_args\.)?symopt\.roles)\.(?P<role>\w+)\.\w+")
 
 
@@ -78,8 +77,8 @@ class TrainingCLI(LightningCLI):
 
 
 def checkpoint_places(trainer: L.Trainer) -> list[tuple[Path, str]]:
-    """Where the Trainer's ModelCheckpoint has put the checkpoints of earlier runs: folders, each with a glob pattern."""
-    own = [callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    """Where the Trainer's ModelCheckpoint put the checkpoints of earlier runs: folders, each with a glob pattern."""
+    own = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     fixed = [(Path(folder), "*.ckpt") for folder in own if folder is not None]
     if fixed:
         return fixed

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lit_symopt.errors import ConfigError, TaxonomyError
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout
 from lit_symopt.rules import ema_, get_rule, nesterov_, project, scale_factor
@@ -129,11 +130,23 @@ def _matrix_step(bucket: Sequence[Member]) -> None:
         buffers = [member.state["momentum_buffer"] for member in bucket]
         directions = accumulate(buffers, directions, first.group["momentum"])
     layout, shape = layout_of(first.group, first.weight), first.weight.shape
+    _refuse_partitions(bucket, layout)
     updates = direction_to_update(torch.stack(directions), group=first.group, layout=layout, shape=shape)
     weights, groups = [member.weight for member in bucket], [member.group for member in bucket]
     torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
     steps = torch._foreach_mul(list(updates.unbind()), [-group["lr"] * group["radius"] for group in groups])
     torch._foreach_add_(weights, steps)
+
+
+def _refuse_partitions(bucket: Sequence[Member], layout: Layout) -> None:
+    """A layout that fitted when the optimizer was built and no longer does: somebody has flattened the parameters."""
+    try:
+        layout.parts(bucket[0].weight.shape)
+    except TaxonomyError as error:
+        raise ConfigError(
+            f"{bucket[0].name!r} is not the matrix the optimizer was built with ({error}). A strategy such as DeepSpeed "
+            f"ZeRO has put flat partitions in its place, which is not supported yet; use one device or DDP."
+        ) from error
 
 
 def _adamw_step(bucket: Sequence[Member], weights: list[Tensor], weight_decay: float) -> None:

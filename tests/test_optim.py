@@ -415,6 +415,17 @@ def test_matrix_rules_on_other_tensors_ask_what_they_hold() -> None:
         SymOpt([nn.Parameter(torch.ones(3, 3))], rule="spectral", layout=Layout.heads(2))
 
 
+def test_flat_partitions_in_place_of_matrices_are_never_updated_as_vectors() -> None:
+    """What DeepSpeed ZeRO does to a group: a flat slice of several parameters takes their place."""
+    optimizer = SymOpt.for_module(Net())
+    for group in optimizer.param_groups:
+        flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in group["params"]]))
+        flat.grad = torch.ones_like(flat)
+        group["params"], group["param_names"] = [flat], group["param_names"][:1]
+    with pytest.raises(ConfigError, match=r"'embedding.weight' is not the matrix.*flat partitions"):
+        optimizer.step()
+
+
 def test_a_refused_group_is_not_half_added() -> None:
     optimizer = SymOpt([nn.Parameter(torch.eye(2))], rule="spectral")
     for bad in ({"rule": "unknown"}, {"name": "group0"}):

@@ -1,0 +1,99 @@
+"""Every snippet of the README runs, and every docstring example prints what it says."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import lit_symopt
+
+ROOT = Path(__file__).parents[1]
+SNIPPETS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+PYTHON = [text for language, text in SNIPPETS if language == "python"]
+COMMANDS = [
+    shlex.split(line, comments=True) for language, text in SNIPPETS if language == "bash" for line in text.splitlines()
+]
+MODULES = [
+    name for _, name, _ in pkgutil.walk_packages(lit_symopt.__path__, "lit_symopt.") if not name.endswith("__main__")
+]
+
+
+def test_the_readme_has_nothing_but_these_snippets() -> None:
+    assert {language for language, _ in SNIPPETS} == {"python", "bash"}
+    assert {command[0] for command in COMMANDS} == {"make", "lit-symopt", "fabric", "tensorboard"}
+
+
+def run_python(index: int) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(PYTHON[index], f"README.md python snippet {index}", "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_the_mixin_snippet_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = run_python(0)["Classifier"]()
+    before = module.net[0].weight.detach().clone()
+    batches = DataLoader(TensorDataset(torch.randn(16, 64), torch.randint(10, (16,))), batch_size=8)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    trainer.fit(module, batches)
+    assert not torch.equal(module.net[0].weight, before)
+    assert "net.0.weight" in capsys.readouterr().out
+
+
+def test_the_plain_snippet_explains_the_head(capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = run_python(1)["optimizer"]
+    assert isinstance(optimizer, lit_symopt.SymOpt)
+    assert "the update is projected off it" in capsys.readouterr().out
+
+
+def test_the_training_commands_run_in_their_order(tmp_path: Path) -> None:
+    """With two steps and one validation batch instead of the recipe's."""
+    for name in ("configs", "lit_symopt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1"]
+    short += ["--model.symopt.schedule.warmup_steps", "1"]
+    scripts = Path(sys.executable).parent
+    commands = [command for command in COMMANDS if {"fit", "validate"} & set(command)]
+    assert len(commands) == 6
+    for command in commands:
+        steps = [*short[:1], "3", *short[2:]] if "last" in command else short
+        environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+        result = subprocess.run(
+            [*command, *steps], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "make"], ids=" ".join)
+def test_a_make_target_exists(command: list[str]) -> None:
+    subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "tensorboard" or "--help" in c], ids=" ".join)
+def test_a_program_knows_its_options(command: list[str]) -> None:
+    program = [sys.executable, "-m", "tensorboard.main" if command[0] == "tensorboard" else "lit_symopt"]
+    options = ["--help"] if command[0] == "tensorboard" else command[1:]
+    shown = subprocess.run([*program, *options], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for option in command[1:]:
+        assert not option.startswith("--") or option in shown
+
+
+@pytest.mark.parametrize("name", ["lit_symopt", *MODULES])
+def test_docstring_examples_print_what_they_say(name: str) -> None:
+    failed, _ = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    )
+    assert failed == 0
