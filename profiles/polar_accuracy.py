@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -58,8 +59,7 @@ METHODS: dict[str, Method] = {
 def haar(rows: int, columns: int) -> Tensor:
     """Orthonormal columns with the uniform distribution, float64."""
     q, r = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64))
-    signs: Tensor = r.diagonal().sign()
-    return q * signs
+    return cast(Tensor, q * r.diagonal().sign())
 
 
 def with_spectrum(m: int, n: int, sigma: Tensor) -> Tensor:

@@ -42,9 +42,8 @@ def iterate(x: Tensor, quintics: Sequence[Quintic]) -> Tensor:
     at most n^{1/4}; the Frobenius norm of X, which is the usual choice, only by n^{1/2}.
     """
     gram = x.mT @ x
-    bound = (
-        SAFETY * torch.linalg.matrix_norm(gram, dtype=torch.promote_types(x.dtype, torch.float32), keepdim=True).sqrt()
-    )
+    norm_dtype = torch.promote_types(x.dtype, torch.float32)
+    bound = SAFETY * torch.linalg.matrix_norm(gram, dtype=norm_dtype, keepdim=True).sqrt()
     bound = torch.where(bound > 0, bound, 1)
     x, gram = (x / bound).to(x.dtype), (gram / bound.square()).to(x.dtype)
     for step, (a, b, c) in enumerate(quintics):
@@ -72,4 +71,4 @@ def inverse_root_iteration(gram: Tensor) -> Tensor:
     for a, b, c in polar_express(lower=GRAM_LOWER, steps=GRAM_STEPS):
         p = a * identity + b * gram + c * gram @ gram
         root, gram = root @ p, p @ gram @ p
-    return root @ keep / torch.where(bound > 0, bound, 1).sqrt()
+    return root @ keep @ keep / torch.where(bound > 0, bound, 1).sqrt()

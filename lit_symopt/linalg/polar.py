@@ -16,7 +16,7 @@ bounds that the tests check and `profiles/records/polar-accuracy` measures:
 | spectrum | exact | fp32 `eigh` | fp32 `iteration` | `bf16` |
 |---|---|---|---|---|
 | Gaussian, m ≥ 2n | 1e-6 | 1e-6 | 1e-5 | 0.04 |
-| Gaussian, square | 1e-6 | 1e-6 | 1e-3 | 0.1 |
+| Gaussian, square | 1e-6 | 1e-6 | 1e-2: some have a σ below 1e-4 σ₁ | 0.1 |
 | σ log-uniform over 1e2 | 1e-6 | 1e-6 | 1e-5 | 0.06 |
 | σ log-uniform over 1e3 | 1e-6 | 1e-6 | 1e-4 | 0.35 |
 | σ log-uniform over 1e4 | 1e-6 | 1e-6 | 1e-3 | 0.6 |

@@ -87,4 +87,4 @@ def test_safety_divides_the_argument_of_all_but_the_last_step() -> None:
 def test_bounds_that_make_no_sense_are_refused(bad: dict[str, float]) -> None:
     options = {"lower": 1e-3, "steps": 5} | bad
     with pytest.raises(ValueError, match="polar_express needs"):
-        polar_express(**options)  # type: ignore[arg-type]
+        polar_express(**options)

@@ -55,8 +55,9 @@ def test_a_row_that_is_the_mean_gets_no_step_of_its_own() -> None:
     torch.testing.assert_close(u[1], torch.zeros(2), rtol=0, atol=1e-6)
 
 
-def test_a_zero_row_of_an_uncentered_momentum_stays_zero(rule: Rule) -> None:
-    x = torch.randn(9, 4, generator=generator(0))
+@pytest.mark.parametrize("columns", [4, 20])
+def test_a_zero_row_of_an_uncentered_momentum_stays_zero(rule: Rule, columns: int) -> None:
+    x = torch.randn(9, columns, generator=generator(0))
     x[5] = 0
     for precision in (*PRECISIONS, "bf16"):
         assert rule.function(x, precision=precision)[5].abs().max() <= 1e-6

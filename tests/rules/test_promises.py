@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import pytest
 import torch
 from hypothesis import given
@@ -171,21 +174,25 @@ def test_a_batch_is_its_matrices_one_by_one(rule: Rule, centered: bool) -> None:
 
 # ---- definitions, in float64 by hand
 
-DEFINITIONS = {
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "spectral": lambda x, _: polar_reference(x),
     "right_spectral": lambda x, _: x @ torch.linalg.inv(_root(x.mT @ x)),
     "left_spectral": lambda x, _: torch.linalg.inv(_root(x @ x.mT)) @ x,
-    "row_norm": lambda x, _: x / x.norm(dim=1, keepdim=True),
-    "row_then_spectral": lambda x, pi: polar_reference(pi @ (x / x.norm(dim=1, keepdim=True))),
-    "spectral_then_row": lambda x, _: polar_reference(x) / polar_reference(x).norm(dim=1, keepdim=True),
+    "row_norm": lambda x, _: _rows(x),
+    "row_then_spectral": lambda x, pi: polar_reference(pi @ _rows(x)),
+    "spectral_then_row": lambda x, _: _rows(polar_reference(x)),
     "sgd": lambda x, _: x,
     "sign": lambda x, _: x.sign(),
 }
 
 
+def _rows(x: Tensor) -> Tensor:
+    return cast(Tensor, x / torch.linalg.vector_norm(x, dim=1, keepdim=True))
+
+
 def _root(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
-    return (vectors * values.sqrt()) @ vectors.mT
+    return cast(Tensor, (vectors * values.sqrt()) @ vectors.mT)
 
 
 @pytest.mark.parametrize("centered", [False, True])
