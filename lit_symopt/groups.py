@@ -64,8 +64,11 @@ def validate_group(group: Mapping[str, Any]) -> None:
     _choice(where, "momentum_kind", group["momentum_kind"], ("ema", "nesterov"))
     _choice(where, "precision", group["precision"], ("exact", "fp32", "bf16", "auto"))
     validate_scale(group["scale"], rule=rule, alpha=group["alpha"])
-    if group["centered"] and not rule.centerable:
-        raise ConfigError(f"{where}: the rule {rule.name!r} cannot be centered; set centered=False")
+    if group["row_damping"] and not rule.damped:
+        raise ConfigError(
+            f"{where}: row_damping={group['row_damping']} has no meaning for the rule {rule.name!r}, which divides "
+            f"by no row norm; set row_damping=0 or use row_norm, row_then_spectral or spectral_then_row"
+        )
     if group["layout"] is not None and not isinstance(group["layout"], Layout):
         raise ConfigError(f"{where}: layout={group['layout']!r} must be a Layout, such as Layout.matrix()")
     for parameter in group["params"]:

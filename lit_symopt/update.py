@@ -144,8 +144,8 @@ def _refuse_partitions(bucket: Sequence[Member], layout: Layout) -> None:
         layout.parts(bucket[0].weight.shape)
     except TaxonomyError as error:
         raise ConfigError(
-            f"{bucket[0].name!r} is not the matrix the optimizer was built with ({error}). A strategy such as DeepSpeed "
-            f"ZeRO has put flat partitions in its place, which is not supported yet; use one device or DDP."
+            f"{bucket[0].name!r} is not the matrix the optimizer was built with ({error}). A strategy such as "
+            f"DeepSpeed ZeRO has put flat partitions in its place, which is not supported yet; use one device or DDP."
         ) from error
 
 

@@ -105,7 +105,7 @@ def fit(contender: Contender, rates: Rates, seed: int) -> dict[str, Any]:
             *contender.arguments(rates),
             *("--seed_everything", str(seed), "--trainer.logger.init_args.save_dir", folder),
             *("--trainer.limit_val_batches", "1.0", "--trainer.val_check_interval", "400"),
-            *("--trainer.num_sanity_val_steps", "0", "--trainer.enable_progress_bar", "false"),
+            *("--trainer.num_sanity_val_steps", "0"),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -115,15 +115,15 @@ def fit(contender: Contender, rates: Rates, seed: int) -> dict[str, Any]:
             accumulator = EventAccumulator(str(events[0])).Reload()
             if "val/loss" in accumulator.Tags()["scalars"]:
                 losses = [(event.step, event.value) for event in accumulator.Scalars("val/loss")]
-    # A run that ends with an error, or before its last validation, has diverged: it counts, with an infinite loss.
-    final = losses[-1][1] if result.returncode == 0 and losses else float("inf")
+    diverged = "is not finite" in result.stderr
+    if not diverged and (result.returncode or not losses):
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-1000:]}\n{result.stderr[-2000:]}")
     return {
         "contender": contender.name,
         "rates": dict(zip(contender.options, rates, strict=True)),
         "seed": seed,
-        "loss": final,
+        "loss": float("inf") if diverged else losses[-1][1],  # a diverged run counts
         "seconds": round(perf_counter() - began, 1),
-        "error": "" if result.returncode == 0 else result.stderr[-300:],
     }
 
 

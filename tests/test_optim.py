@@ -399,6 +399,7 @@ def test_complex_parameters_are_refused() -> None:
         ({"rule": "spectral", "momentum_kind": "heavy"}, "'ema', 'nesterov'"),
         ({"rule": "spectral", "precision": "fp8"}, "'fp8'"),
         ({"rule": "spectral", "row_damping": -0.1}, "row_damping=-0.1"),
+        ({"rule": "spectral", "row_damping": 0.1}, "row_damping=0.1 has no meaning for the rule 'spectral'"),
         ({"rule": "spectral", "layout": "heads"}, "must be a Layout"),
         ({"rule": "spectral", "nesterov": True}, "unknown key.*'nesterov'; known: name, role"),
     ],

@@ -41,6 +41,5 @@ RULE = Rule(
     group="signed permutations",
     kind="coordinate",
     scales=frozenset({"none"}),
-    centerable=True,
     source="arXiv:1711.05101; torch.optim.AdamW",
 )

@@ -20,6 +20,5 @@ RULE = Rule(
     group="O(m) × O(n)",
     kind="spectral",
     scales=SPECTRAL_SCALES,
-    centerable=True,
     source="arXiv:2605.18106",
 )

@@ -66,6 +66,6 @@ RULE = Rule(
     group="S_m × O(n)",
     kind="row",
     scales=ROW_SCALES,
-    centerable=True,
+    damped=True,
     source="arXiv:2605.18106",
 )

@@ -48,6 +48,6 @@ RULE = Rule(
     group="S_m × O(n)",
     kind="spectral",
     scales=SPECTRAL_SCALES,
-    centerable=True,
+    damped=True,
     source="arXiv:2605.18106",
 )

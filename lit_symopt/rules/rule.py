@@ -35,8 +35,8 @@ class Rule:
     """A map from momentum to update, with the group it commutes with.
 
     `kind` says what the last step leaves behind: singular values of one (`spectral`), rows of norm one (`row`), or
-    neither (`coordinate`). `scales` are the scales that make sense after it, `centerable` whether Π may be put around
-    it.
+    neither (`coordinate`). `scales` are the scales that make sense after it, `damped` whether it divides by row norms,
+    so that `row_damping` means something.
     """
 
     name: str
@@ -45,5 +45,5 @@ class Rule:
     group: str
     kind: Kind
     scales: frozenset[Scale]
-    centerable: bool
     source: str
+    damped: bool = False

@@ -40,6 +40,5 @@ RULE = Rule(
     group="O(m) × O(n)",
     kind="coordinate",
     scales=frozenset({"none"}),
-    centerable=True,
     source="Robbins and Monro 1951",
 )

@@ -41,6 +41,5 @@ RULE = Rule(
     group="signed permutations",
     kind="coordinate",
     scales=frozenset({"none", "inverse_fan_in"}),
-    centerable=True,
     source="arXiv:1802.04434; arXiv:2502.07529",
 )

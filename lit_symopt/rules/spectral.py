@@ -50,6 +50,5 @@ RULE = Rule(
     group="O(m) × O(n)",
     kind="spectral",
     scales=SPECTRAL_SCALES,
-    centerable=True,
     source="arXiv:2605.18106; Jordan et al. 2024",
 )
