@@ -22,7 +22,8 @@ class ProgressBar(RichProgressBar):
         trainer = self.trainer
         if trainer.max_steps < 0:
             return super().total_train_batches
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # Between two epochs the counter still holds the full length of the last one.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready % (trainer.num_training_batches or 1)
         left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         return min(trainer.num_training_batches, done + left)
 

@@ -44,12 +44,24 @@ class TrainingCLI(LightningCLI):
         return {name: known[name] for name in ("fit", "validate", "test")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the command line, `--model.symopt.roles.ROLE.KEY VALUE` included for a role the recipe leaves out."""
-        if args is None or isinstance(args, list):
-            args = _with_roles(sys.argv[1:] if args is None else args)
-            self.config = parser.parse_args(args)
+        """Parses the command line, `--model.symopt.roles.ROLE.KEY VALUE` included for a role the recipe leaves out.
+
+        jsonargparse sets a key inside a dict of dataclasses only where the dict has entries already. So the command
+        line is first read without such options, and where the recipe has no roles an entry is made for the first.
+        """
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list):
+            first = next((match for argument in arguments if (match := _ROLE_OPTION.match(argument))), None)
+            if first and not self._roles(parser.parse_args(_without_roles(arguments))):
+                arguments = _with_entry(arguments, first)
+            self.config = parser.parse_args(arguments)
         else:
             super().parse_arguments(parser, args)
+
+    @staticmethod
+    def _roles(config: Any) -> Any:
+        given = config.get(f"{config.subcommand}.model.init_args.symopt")
+        return None if given is None else given.get("roles")
 
     def instantiate_classes(self) -> None:
         """Builds data, model and Trainer; what they say about wrong input is not buried in a parsing error."""
@@ -154,18 +166,21 @@ def _said_by_us(error: BaseException) -> SymOptError | None:
     return cause
 
 
-def _with_roles(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with an empty entry made for every role that one of them reaches into.
-
-    jsonargparse sets a key inside a dict of dataclasses only where the dict has entries already.
-    """
-    made = []
+def _without_roles(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that reach into a role, and without those that only print."""
+    kept, skip = [], False
     for argument in arguments:
-        inside = _ROLE_OPTION.match(argument)
-        if inside:
-            made.append(f'{inside["roles"]}={{"{inside["role"]}": {{}}}}')
-        made.append(argument)
-    return made
+        reaches = _ROLE_OPTION.match(argument) is not None
+        if not (skip or reaches or argument.startswith("--print_config")):
+            kept.append(argument)
+        skip = reaches and "=" not in argument  # its value comes next
+    return kept
+
+
+def _with_entry(arguments: Sequence[str], option: re.Match[str]) -> list[str]:
+    """The arguments with an empty entry made for the role that `option`, one of them, reaches into."""
+    where = arguments.index(option.string)
+    return [*arguments[:where], f"{option['roles']}.{option['role']}={{}}", *arguments[where:]]
 
 
 @rank_zero_only

@@ -56,18 +56,15 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; --ckpt_path takes a .ckpt file, or 'last'")
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        loaded: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
         first = str(error).strip().splitlines()
         raise CheckpointError(
             f"{path} is not a whole checkpoint ({first[0] if first else type(error).__name__}); it may have been cut "
             "short by a kill: use an earlier one"
         ) from error
-    missing = [
-        key
-        for key in ("state_dict", "global_step", "loops")
-        if not isinstance(checkpoint, dict) or key not in checkpoint
-    ]
+    checkpoint: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    missing = [key for key in ("state_dict", "global_step", "loops") if key not in checkpoint]
     if missing:
         raise CheckpointError(f"{path} is not a Trainer checkpoint: it has no {', '.join(missing)}")
     return checkpoint
