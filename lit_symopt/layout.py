@@ -88,12 +88,12 @@ class Layout(ABC):
     @staticmethod
     def column() -> Layout:
         """A tensor of any shape as one column `[numel, 1]`: entries are units with one feature (biases, gains)."""
-        return _Column()
+        return _Vector()
 
     @staticmethod
     def row() -> Layout:
         """A tensor of any shape as one row `[1, numel]`: a single unit, normalized as a whole."""
-        return _Row()
+        return _Vector(as_row=True)
 
     @staticmethod
     def heads(n: int, *, dim: Axis = "rows", stored: Stored = "out_in") -> Layout:
@@ -234,30 +234,21 @@ class _Transposed(Layout):
 
 
 @dataclass(frozen=True)
-class _Column(Layout):
+class _Vector(Layout):
+    as_row: bool = False
+
     def __str__(self) -> str:
-        return "column()"
+        return "row()" if self.as_row else "column()"
+
+    def _matrix(self, shape: Sequence[int]) -> Shape:
+        return (1, prod(shape)) if self.as_row else (prod(shape), 1)
 
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
-        return (Part(m=prod(shape), n=1, fan_out=prod(shape), fan_in=1),)
+        m, n = self._matrix(shape)
+        return (Part(m=m, n=n, fan_out=prod(shape), fan_in=1),)
 
     def to_matrices(self, tensor: Tensor, *, batch_dims: int = 0) -> tuple[Tensor, ...]:
-        return (tensor.reshape(*tensor.shape[:batch_dims], prod(tensor.shape[batch_dims:]), 1),)
-
-    def from_matrices(self, matrices: Sequence[Tensor], shape: Sequence[int], *, batch_dims: int = 0) -> Tensor:
-        return matrices[0].reshape(*matrices[0].shape[:batch_dims], *shape)
-
-
-@dataclass(frozen=True)
-class _Row(Layout):
-    def __str__(self) -> str:
-        return "row()"
-
-    def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
-        return (Part(m=1, n=prod(shape), fan_out=prod(shape), fan_in=1),)
-
-    def to_matrices(self, tensor: Tensor, *, batch_dims: int = 0) -> tuple[Tensor, ...]:
-        return (tensor.reshape(*tensor.shape[:batch_dims], 1, prod(tensor.shape[batch_dims:])),)
+        return (tensor.reshape(*tensor.shape[:batch_dims], *self._matrix(tensor.shape[batch_dims:])),)
 
     def from_matrices(self, matrices: Sequence[Tensor], shape: Sequence[int], *, batch_dims: int = 0) -> Tensor:
         return matrices[0].reshape(*matrices[0].shape[:batch_dims], *shape)
