@@ -68,13 +68,16 @@ class Member:
 def make_state(member: Member) -> None:
     """Create the state a rule keeps: nothing, one momentum an element, or AdamW's two."""
     state, weight, group = member.state, member.weight, member.group
-    if group["rule"] == "adamw" and "step" not in state:
-        # On an accelerator the step counter lies there too, so that a refused step can be masked without asking.
-        device = weight.device if weight.is_cuda else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-    elif group["rule"] != "adamw" and group["momentum"] > 0.0 and "momentum_buffer" not in state:
+    if group["rule"] == "adamw":
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        if weight.is_cuda and not state["step"].is_cuda:
+            # The step counter lies on the device, so that a refused step can be masked without asking. A checkpoint
+            # brings it back on the host.
+            state["step"] = state["step"].to(weight.device)
+    elif group["momentum"] > 0.0 and "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
 
 
