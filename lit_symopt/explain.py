@@ -5,11 +5,12 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
-from lit_symopt.rules import get_rule
+from lit_symopt.rules import get_rule, scale_factor
 
 if TYPE_CHECKING:
     from lit_symopt.optim import SymOpt
@@ -34,7 +35,7 @@ def explain(optimizer: SymOpt, name: str) -> str:
         f"  matrices  {_matrices(group, parameter)}",
         f"  centered  {_centering(group)}",
         f"  momentum  {_momentum(group)}",
-        f"  step      {_step(group)}",
+        f"  step      {_step(group, parameter)}",
         f"  source    {rule.source}",
     ]
     return "\n".join(lines)
@@ -64,10 +65,23 @@ def _momentum(group: dict[str, Any]) -> str:
     return f"{group['momentum_kind']} with β = {group['momentum']}, one number of state an element"
 
 
-def _step(group: dict[str, Any]) -> str:
+def _step(group: dict[str, Any], parameter: Tensor) -> str:
     lr, decay = group["lr"], group["weight_decay"]
     factors = [f"{lr:g}"]
     factors += [f"{group['radius']:g}"] if group["radius"] != 1.0 else []
-    factors += [f"{group['scale']}(M, U)"] if group["scale"] != "none" else []
+    factors += [_scale(group, parameter)] if group["scale"] != "none" else []
     kept = f"(1 − {lr:g}·{decay:g}) W" if decay else "W"
     return f"W ← {kept} − {' · '.join(factors)} · U"
+
+
+def _scale(group: dict[str, Any], parameter: Tensor) -> str:
+    if group["scale"] == "nuclear":
+        return f"⟨M, U⟩^{1.0 if group['alpha'] is None else group['alpha']:g}"
+    rule, numbers = get_rule(group["rule"]), []
+    for part in layout_of(group, parameter).parts(parameter.shape):
+        shape = torch.empty(part.m, part.n, device="meta")
+        factor = scale_factor(
+            group["scale"], rule=rule, momentum=shape, update=shape, fan_out=part.fan_out, fan_in=part.fan_in
+        )
+        numbers.append(f"{float(factor):.3g}")
+    return f"{' or '.join(dict.fromkeys(numbers))} (scale {group['scale']})"

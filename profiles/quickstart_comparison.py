@@ -64,12 +64,12 @@ CONTENDERS = (
     Contender(name="AdamW, one rate", stack="adamw", options=(RATE,), start=(5e-3,)),
     Contender(name="AdamW, own rates for embedding and head", stack="adamw", options=OWN, start=(5e-3, 10.0, 1.0)),
     Contender(name="Muon with AdamW, own rates", stack="muon", options=OWN, start=(0.02, 2.0, 0.2)),
-    Contender(name="symmetric, own rates", stack="symmetric", options=OWN, start=(5e-3, 4.0, 1.0)),
+    Contender(name="symmetric, own rates", stack="symmetric", options=OWN, start=(5e-3, 8.0, 2.0)),
 )
 
 
 def _option(name: str, value: float) -> list[str]:
-    return [f"--model.symopt.{name}", repr(value)]
+    return [f"--model.symopt.{name}", str(value)]
 
 
 def neighbors(rates: Rates, factor: float) -> list[Rates]:
