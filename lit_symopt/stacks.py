@@ -1,5 +1,8 @@
 """Stacks: one published method each, as a table from role to update, with its source.
 
+Default rates are the best of the comparison on the quickstart recipe (`profiles/records/quickstart-comparison`) where a
+stack took part, else of a coarse scan there; at another size tune them anew.
+
 Weight decay, for every stack: 0.1 on matrices and 0 on vectors (norm gains, biases, sinks), except where the method
 says otherwise (stochastic spectral descent and unconstrained Scion have none).
 """
@@ -65,15 +68,16 @@ def _symmetric() -> Stack:
     # centered=None: as the block's own symmetry says.
     spectral = replace(ADAMW, rule="spectral", centered=None, momentum=0.95, scale="rms")
     rows = replace(spectral, rule="row_norm")
+    head = replace(rows, lr_multiplier=4.0)
     return Stack(
         name="symmetric",
-        lr=3e-3,
+        lr=2.5e-3,
         table=_table(
             spectral,
             replace(ADAMW, centered=None),
-            embedding=rows,
-            lm_head=rows,
-            tied_embedding=rows,
+            embedding=replace(rows, lr_multiplier=16.0),
+            lm_head=head,
+            tied_embedding=head,
             position=rows,
             router=replace(spectral, rule="left_spectral"),
         ),
@@ -81,44 +85,41 @@ def _symmetric() -> Stack:
     )
 
 
+def _hidden_only(name: str, lr: float, hidden: RoleConfig, source: str) -> Stack:
+    """A method for hidden matrices, with AdamW elsewhere at rates that do not depend on the method's own."""
+
+    def adamw(rate: float) -> RoleConfig:
+        return replace(ADAMW, lr_multiplier=rate / lr)
+
+    table = _table(
+        hidden,
+        adamw(3e-3),
+        embedding=adamw(0.16),
+        lm_head=adamw(8e-3),
+        tied_embedding=adamw(8e-3),
+        position=adamw(3e-3),
+        router=adamw(3e-3),
+    )
+    return Stack(name=name, lr=lr, table=table, source=f"{source}; AdamW on all but hidden matrices")
+
+
 def _muon() -> Stack:
-    muon = replace(
-        ADAMW,
-        rule="spectral",
-        momentum=0.95,
-        momentum_kind="nesterov",
-        scale="spectral",
-        heads="whole",
-        lr_multiplier=1.0,
-    )
-    adamw = replace(ADAMW, lr_multiplier=0.15)
-    elsewhere = dict.fromkeys(("embedding", "lm_head", "tied_embedding", "position", "router"), adamw)
-    return Stack(
-        name="muon",
-        lr=0.02,
-        table=_table(muon, adamw, **elsewhere),
-        source="Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; AdamW on all but hidden matrices",
-    )
+    nesterov = replace(ADAMW, rule="spectral", momentum=0.95, momentum_kind="nesterov", heads="whole")
+    source = "Jordan et al. 2024, https://kellerjordan.github.io/posts/muon"
+    return _hidden_only("muon", 0.02, replace(nesterov, scale="spectral"), source)
 
 
 def _polargrad() -> Stack:
     polar = replace(ADAMW, rule="spectral", momentum=0.95, scale="nuclear", alpha=1.0, heads="whole")
-    adamw = replace(ADAMW, lr_multiplier=0.15)
-    elsewhere = dict.fromkeys(("embedding", "lm_head", "tied_embedding", "position", "router"), adamw)
-    return Stack(
-        name="polargrad",
-        lr=0.02,
-        table=_table(polar, adamw, **elsewhere),
-        source="Lau, Long & Su 2025, arXiv:2505.21799: U = ‖M‖_* polar(M); AdamW on all but hidden matrices",
-    )
+    return _hidden_only("polargrad", 0.2, polar, "Lau, Long & Su 2025, arXiv:2505.21799: U = ‖M‖_* polar(M)")
 
 
 def _ssd() -> Stack:
     descent = replace(ADAMW, rule="spectral", scale="nuclear", alpha=1.0, momentum=0.0, heads="whole", weight_decay=0.0)
     return Stack(
         name="ssd",
-        lr=0.02,
-        table=_table(descent, replace(ADAMW, lr_multiplier=0.15)),
+        lr=0.2,
+        table=_table(descent, replace(ADAMW, lr_multiplier=0.015)),
         source="Carlson et al. 2015, Stochastic Spectral Descent: U = ‖G‖_* polar(G) on every matrix, no momentum; "
         "vectors, on which the paper is silent, get AdamW",
     )
@@ -144,7 +145,7 @@ def _scion() -> Stack:
 def _adamw() -> Stack:
     return Stack(
         name="adamw",
-        lr=3e-3,
+        lr=2.5e-3,
         table=_table(ADAMW, ADAMW),
         source="Loshchilov & Hutter 2019, arXiv:1711.05101, on everything",
     )

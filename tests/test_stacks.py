@@ -147,6 +147,7 @@ def test_rates_are_base_times_multiplier_or_absolute() -> None:
     config = SymOptConfig(stack="muon", lr=0.1, roles=roles)
     assert settings_for(up, config)["lr"] == pytest.approx(0.3)
     assert settings_for(vector, config)["lr"] == 7e-4
+    assert settings_for(vector, SymOptConfig(stack="muon"))["lr"] == pytest.approx(3e-3)
     assert settings_for(vector, SymOptConfig(stack="muon", lr=0.1))["lr"] == pytest.approx(0.015)
     with pytest.raises(ConfigError, match="keep one"):
         RoleConfig(lr=1.0, lr_multiplier=2.0)
