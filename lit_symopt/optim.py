@@ -126,8 +126,9 @@ class SymOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = self._members()
-        admitted = self._finite.admit([member.name for member in members], [member.gradient for member in members])
+        found = self._with_gradients()
+        admitted = self._finite.admit([name for name, _, _ in found], [_gradient(p) for _, p, _ in found])
+        members = [self._member(name, parameter, group) for name, parameter, group in found]
         for bucket in self._buckets(members):
             with undone_unless(admitted, [tensor for member in bucket for tensor in member.touched()]):
                 update(bucket)
@@ -148,22 +149,22 @@ class SymOpt(torch.optim.Optimizer):
 
     # -- a step's parts ------------------------------------------------------------------------------------------
 
-    def _members(self) -> list[Member]:
-        """Every parameter with a gradient, with its arithmetic dtype and its state made."""
+    def _with_gradients(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """Name, parameter and group of everything that a step updates; makes no state."""
         found = []
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is not None and parameter.numel() > 0:
                     _refuse_unusable(name, parameter.grad)
                     found.append((name, parameter, group))
-        members = []
-        for name, parameter, group in found:  # after every gradient was looked at: an error leaves no state behind
-            weight = self._weight(parameter, group)
-            gradient = parameter.grad
-            if gradient.dtype != weight.dtype:
-                gradient = gradient.to(weight.dtype)
-            members.append(Member(name, gradient, weight, parameter, group, self.state[parameter]))
-        return members
+        return found
+
+    def _member(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Member:
+        """A parameter with its arithmetic dtype, and its master if it needs one."""
+        weight, gradient = self._weight(parameter, group), _gradient(parameter)
+        if gradient.dtype != weight.dtype:
+            gradient = gradient.to(weight.dtype)
+        return Member(name, gradient, weight, parameter, group, self.state[parameter])
 
     def _weight(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         """What is updated for a parameter: itself, or the fp32 master of one in half precision."""
@@ -224,7 +225,7 @@ class SymOpt(torch.optim.Optimizer):
 
     def _compare(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]
-        saved, own = ({group["name"]: group for group in groups} for groups in (saved_groups, self.param_groups))
+        saved, own = ({group.get("name"): group for group in groups} for groups in (saved_groups, self.param_groups))
         differences = []
         if list(saved) != list(own):
             differences.append(f"its groups are {list(saved)}, this optimizer's are {list(own)}")
@@ -288,6 +289,11 @@ def _named(params: Any, name: str) -> Any:
         return params  # torch refuses them, because their order is not fixed
     listed = [params] if isinstance(params, Tensor) else list(params)
     return [pair if isinstance(pair, tuple) else (f"{name}[{index}]", pair) for index, pair in enumerate(listed)]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _refuse_unusable(name: str, gradient: Tensor) -> None:

@@ -348,8 +348,9 @@ def test_a_gradient_scaler_finds_the_overflow_before_the_optimizer_does() -> Non
     assert scaler.get_scale() == 512.0
 
 
-def test_the_first_step_can_be_refused_as_well() -> None:
-    net = Net()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_step_can_be_refused_as_well(dtype: torch.dtype) -> None:
+    net = Net(dtype)
     optimizer = SymOpt.for_module(net)
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
@@ -443,6 +444,7 @@ def test_a_checkpoint_of_another_stack_or_model_is_refused_and_nothing_loaded() 
     for other, says in (
         (SymOpt.for_module(Net(), config=SymOptConfig(stack="muon")), r"linear: momentum_kind is 'nesterov' there"),
         (SymOpt.for_module(Net(layers=2)), r"only here \['layers.2.weight'\]"),
+        (torch.optim.AdamW(Net().parameters()), r"its groups are \[None\], this optimizer's are \['embedding'"),
     ):
         with pytest.raises(CheckpointError, match=says):
             optimizer.load_state_dict(other.state_dict())
