@@ -253,12 +253,13 @@ def report(runs: Runs) -> str:
         rates = ", ".join(
             f"{name} {'' if name == 'lr' else '×'}{rate:.3g}" for name, rate in zip(names, best, strict=True)
         )
-        inside = all(
+        found = all(
             min(values) < rate < max(values) for rate, values in zip(best, zip(*losses, strict=True), strict=True)
         )
         difference = "" if contender is reference else f"{mean(ours) - mean(final):+.3f}"
+        inside = "as above" if contender.trials == 1 else "yes" if found else "no"
         lines.append(
-            f"| {contender.name} | {len(losses)} | {rates} | {'as above' if contender.trials == 1 else 'yes' if inside else 'no'} "
+            f"| {contender.name} | {len(losses)} | {rates} | {inside} "
             f"| {mean(final):.3f} ({min(final):.3f} to {max(final):.3f}) | {difference} |"
         )
     return header + "\n".join(lines) + "\n"
