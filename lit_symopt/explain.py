@@ -31,7 +31,7 @@ def explain(optimizer: SymOpt, name: str) -> str:
     lines = [
         f"{name} {list(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}",
         f"  role      {group['role']}" + (f", symmetry {group['symmetry']}" if group["symmetry"] else ""),
-        f"  rule      {rule.name}: {rule.equation}; commutes with {rule.group}",
+        f"  rule      {rule.name}: {rule.equation}{_damping(group)}; commutes with {rule.group}",
         f"  matrices  {_matrices(group, parameter)}",
         f"  centered  {_centering(group)}",
         f"  momentum  {_momentum(group)}",
@@ -39,6 +39,10 @@ def explain(optimizer: SymOpt, name: str) -> str:
         f"  source    {rule.source}",
     ]
     return "\n".join(lines)
+
+
+def _damping(group: dict[str, Any]) -> str:
+    return f" with row damping {group['row_damping']:g}" if group["row_damping"] else ""
 
 
 def _matrices(group: dict[str, Any], parameter: Tensor) -> str:

@@ -491,6 +491,7 @@ def test_explain_says_what_a_parameter_gets_and_why() -> None:
     text = optimizer.explain("head.weight")
     for fragment in ("lm_head", "S_V × O(d)", "row_norm", "12 × 8", "projected off", "arXiv:2605.18106"):
         assert fragment in text
+    assert "D(M) M with row damping 0.1" in text
     assert "W ← (1 − 0.04·0.1) W − 0.04 · 0.566 (scale rms) · U" in text  # four times the base rate; 0.2·√8
     nuclear = SymOpt([("w", nn.Parameter(torch.eye(2)))], rule="spectral", scale="nuclear", alpha=0.5, radius=3.0)
     assert "− 0.001 · 3 · ⟨M, U⟩^0.5 · U" in nuclear.explain("w")
