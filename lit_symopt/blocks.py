@@ -18,7 +18,7 @@ from torch import nn
 from lit_symopt.errors import TaxonomyError
 from lit_symopt.layout import Layout, Part
 
-__all__ = ["Block", "BlockTaxonomy", "Layout", "Part", "Role", "Symmetry"]
+__all__ = ["Action", "Block", "BlockTaxonomy", "Layout", "Part", "Role", "Symmetry"]
 
 
 class Role(str, Enum):
@@ -43,6 +43,28 @@ class Role(str, Enum):
     LINEAR = "linear"
     CONV = "conv"
     VECTOR = "vector"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Action(str, Enum):
+    """How a group acts on the units of a block, always jointly with the blocks on the other side of those units.
+
+    `permutation`: units change places. `monomial`: they also change length and sign, as those of `up` and `down` do in
+    an MLP that multiplies `up` into an activated `gate`. `general_linear`: any invertible map within a head.
+    `rotary_halves`, `rotary_neighbors`: rotations of the planes (i, i + r/2), or (2i, 2i + 1), that a rotary position
+    embedding of dimension r turns. `orthogonal`: the group of the update alone, where nothing is known about the
+    neighbors. `none`: the identity.
+    """
+
+    NONE = "none"
+    PERMUTATION = "permutation"
+    MONOMIAL = "monomial"
+    GENERAL_LINEAR = "general_linear"
+    ROTARY_HALVES = "rotary_halves"
+    ROTARY_NEIGHBORS = "rotary_neighbors"
+    ORTHOGONAL = "orthogonal"
 
     def __str__(self) -> str:
         return self.value
@@ -96,6 +118,20 @@ SYMMETRIES: dict[Role, Symmetry] = {
     Role.VECTOR: _symmetry("S_m", "1"),
 }
 
+# How the group acts on the units where a block does not say it. An `up` and `down` without a gate beside them have an
+# activation of their own between them: only permutations are left.
+ACTIONS: dict[Role, Action] = {
+    **dict.fromkeys(Role, Action.PERMUTATION),
+    Role.POSITION: Action.NONE,
+    **dict.fromkeys((Role.QUERY, Role.KEY, Role.QKV), Action.ROTARY_HALVES),
+    **dict.fromkeys((Role.VALUE, Role.ATTENTION_OUT), Action.GENERAL_LINEAR),
+    **dict.fromkeys((Role.UP, Role.GATE_UP, Role.DOWN, Role.EXPERT_GATE_UP, Role.EXPERT_DOWN), Action.MONOMIAL),
+    **dict.fromkeys((Role.LINEAR, Role.CONV), Action.ORTHOGONAL),
+}
+
+# What a vector's entries lie along besides the units of a role: the residual stream, or the query heads.
+RESIDUAL, HEADS = "residual", "heads"
+
 
 @dataclass(frozen=True)
 class Block:
@@ -108,6 +144,14 @@ class Block:
         shift_invariant: whether the loss cannot see `W + 1aᵀ`. The default is the role's: true for an untied head with
             plain softmax and for a softmax router, false elsewhere. Say `False` for a head with logit soft-capping or
             z-loss and for a sigmoid router; say `True` for the bias of a plain head or softmax router.
+        z_loss: a z-loss penalizes the logsumexp of these logits, so that it alone sees the shift. Such a block is
+            centered only if a config asks for it, and a warning says why that is a bad idea.
+        action: how the group acts on the units; default: the role's, see `ACTIONS`. Say `permutation` for an MLP that
+            is not linear in `up` (gpt-oss), `general_linear` for queries and keys without rotary embedding.
+        rotary_dim: r, the leading dimensions of each head that the rotary embedding turns; default: all of them.
+        along: what the entries of a `Role.VECTOR` lie along: `"residual"` (gains of the residual stream's norms, biases
+            of what writes to it), `"heads"` (sinks), or a role (`"query"` for the bias of the query projection or the
+            gain of the query norm). Default: the block whose bias it is by its name, else unknown.
 
     Attributes:
         shape: shape of the parameter, once assigned.
@@ -122,19 +166,38 @@ class Block:
     role: Role
     layout: Layout | None = None
     shift_invariant: bool | None = None
+    z_loss: bool = False
+    action: Action | None = None
+    rotary_dim: int | None = None
+    along: str | None = None
     shape: tuple[int, ...] | None = None
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", _role(self.role))
+        if self.z_loss and self.role not in (Role.ROUTER, Role.VECTOR):
+            raise TaxonomyError(f"{self.name!r}: z_loss is a fact about routers, not about role {self.role}")
+        if self.z_loss and self.shift_invariant:
+            raise TaxonomyError(f"{self.name!r}: its z-loss sees the shift, so shift_invariant=True cannot be")
+        if self.along is not None and self.along not in (RESIDUAL, HEADS, *map(str, Role)):
+            known = ", ".join((RESIDUAL, HEADS, *map(str, Role)))
+            raise TaxonomyError(f"{self.name!r}: along={self.along!r} is nothing a vector lies along; known: {known}")
         if self.layout is None:
             object.__setattr__(self, "layout", Layout.column() if self.role is Role.VECTOR else Layout.matrix())
 
     @property
     def symmetry(self) -> Symmetry:
-        """The symmetry of the role, with this block's own `shift_invariant` where it was declared."""
+        """The symmetry of the role, with what this block declares of its own."""
         symmetry = SYMMETRIES[self.role]
-        return symmetry if self.shift_invariant is None else replace(symmetry, shift_invariant=self.shift_invariant)
+        if self.role in (Role.QUERY, Role.KEY) and self.acts is Action.GENERAL_LINEAR:
+            symmetry = replace(symmetry, units="GL(h)")
+        shift = symmetry.shift_invariant if self.shift_invariant is None else self.shift_invariant
+        return replace(symmetry, shift_invariant=shift and not self.z_loss)
+
+    @property
+    def acts(self) -> Action:
+        """How the group acts on the units: as declared, else as the role says."""
+        return ACTIONS[self.role] if self.action is None else Action(self.action)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -160,7 +223,12 @@ def _role(role: Role | str) -> Role:
 
 
 # Architectures with a taxonomy of their own, by transformers' `model_type`: where to find `taxonomy(config)`.
-KNOWN_TAXONOMIES = {"qwen3": "lit_symopt.models.qwen3:taxonomy"}
+KNOWN_TAXONOMIES = {
+    "qwen3": "lit_symopt.models.qwen3:taxonomy",
+    "gemma3_text": "lit_symopt.models.gemma3:taxonomy",
+    "olmoe": "lit_symopt.models.olmoe:taxonomy",
+    "gpt_oss": "lit_symopt.models.gpt_oss:taxonomy",
+}
 
 
 class BlockTaxonomy:
@@ -239,6 +307,22 @@ class BlockTaxonomy:
         """
         declared = getattr(module, "block_taxonomy", None)
         return declared() if callable(declared) else known_taxonomy(module)
+
+    @staticmethod
+    def infer(module: nn.Module, example_batch: object) -> BlockTaxonomy:
+        """The taxonomy of a module that declares none, from its structure; see `lit_symopt.infer`.
+
+        Args:
+            module: any module; its weights and its training mode are left as they are.
+            example_batch: what its forward or `training_step` takes: one pass is run and followed.
+
+        Raises:
+            TaxonomyError: naming every parameter whose place the structure does not decide.
+            ConfigError: if the module cannot be called with the batch.
+        """
+        from lit_symopt.infer import infer
+
+        return infer(module, example_batch)
 
     def _complain(self, unclaimed: list[str], doubled: list[str], idle: list[str], misfits: list[str]) -> None:
         complaints = []

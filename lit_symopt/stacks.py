@@ -9,6 +9,7 @@ says otherwise (stochastic spectral descent and unconstrained Scion have none).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -214,7 +215,13 @@ def _layout(block: Block, chosen: Mapping[str, Any]) -> Layout:
 
 def _centered(block: Block, asked: bool | None) -> bool:
     visible = not block.symmetry.shift_invariant
-    if asked and visible:
+    if asked and block.z_loss:
+        warnings.warn(
+            f"roles.{block.role}.centered=true: a z-loss penalizes the shift 1aᵀ of {block.name!r}, and a centered "
+            "update can never follow it: the z-loss will act through the other directions only",
+            stacklevel=2,
+        )
+    elif asked and visible:
         raise ConfigError(
             f"roles.{block.role}.centered=true: the loss sees the shift 1aᵀ of {block.name!r} (symmetry "
             f"{block.symmetry}), so a centered update could never learn it. Remove `centered`, or declare the Block "

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lit_symopt import Block, BlockTaxonomy, Layout, Role
+from lit_symopt.blocks import Action
 from lit_symopt.errors import TaxonomyError
 
 
@@ -118,3 +119,25 @@ def test_matrices_of_a_scalar_or_a_bare_pattern_are_refused() -> None:
     assert BlockTaxonomy([Block("temperature", role=Role.VECTOR)]).assign(module)[0].shape == ()
     with pytest.raises(TaxonomyError, match="is a pattern"):
         _ = HEAD.parts
+
+
+def test_how_a_group_acts_on_units_follows_the_role_unless_declared() -> None:
+    assert Block("up", role=Role.UP).acts is Action.MONOMIAL
+    assert Block("up", role=Role.UP, action=Action.PERMUTATION).acts is Action.PERMUTATION
+    assert Block("q", role=Role.QUERY).symmetry.units == "SO(2)^(h/2)"
+    assert Block("q", role=Role.QUERY, action=Action.GENERAL_LINEAR).symmetry.units == "GL(h)"
+    assert all(Block("*", role=role).acts for role in Role)
+
+
+def test_a_router_with_a_z_loss_is_not_blind_to_the_shift() -> None:
+    assert not Block("router", role=Role.ROUTER, z_loss=True).symmetry.shift_invariant
+    with pytest.raises(TaxonomyError, match="z-loss sees the shift"):
+        Block("router", role=Role.ROUTER, z_loss=True, shift_invariant=True)
+    with pytest.raises(TaxonomyError, match="about routers, not about role lm_head"):
+        Block("head", role=Role.LM_HEAD, z_loss=True)
+
+
+def test_a_vector_lies_along_something_known() -> None:
+    assert Block("sinks", role=Role.VECTOR, along="heads").along == "heads"
+    with pytest.raises(TaxonomyError, match=r"along='head' is nothing .* known: residual, heads, embedding"):
+        Block("sinks", role=Role.VECTOR, along="head")

@@ -202,3 +202,11 @@ def test_an_override_for_a_role_that_is_absent_is_refused() -> None:
     config = SymOptConfig(roles={"router": RoleConfig(lr=1.0)})
     with pytest.raises(ConfigError, match=r"roles.router is set, but no block has this role; the roles here are up"):
         SymOpt.for_module(module, BlockTaxonomy([Block("w", role=Role.UP)]), config=config)
+
+
+def test_a_router_with_a_z_loss_is_centered_only_on_request_and_then_with_a_warning() -> None:
+    router = Block("router", role=Role.ROUTER, z_loss=True, shape=(4, 8))
+    assert settings_for(router, SymOptConfig())["centered"] is False
+    with pytest.warns(UserWarning, match=r"roles\.router\.centered=true: a z-loss penalizes the shift 1aᵀ of 'router'"):
+        settings = settings_for(router, SymOptConfig(roles={"router": RoleConfig(centered=True)}))
+    assert settings["centered"] is True
