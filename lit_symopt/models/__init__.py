@@ -1,6 +1,7 @@
 """Language models, one family a file. Each declares its blocks next to the class; transformers builds the layers.
 
-`LitCausalLM` trains any causal language model of transformers; `Qwen3` adds the architecture and its taxonomy.
+`LitCausalLM` trains any causal language model of transformers, `LitMoECausalLM` any with a mixture of experts, with the
+losses of its routers; `Qwen3`, `Gemma3`, `OLMoE` and `GptOss` add the architecture and its taxonomy.
 Importing this package imports neither lightning nor transformers.
 """
 
@@ -11,11 +12,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lit_symopt.models.causal_lm import LitCausalLM
+    from lit_symopt.models.gemma3 import Gemma3
+    from lit_symopt.models.gpt_oss import GptOss
+    from lit_symopt.models.moe import LitMoECausalLM
+    from lit_symopt.models.olmoe import OLMoE
     from lit_symopt.models.qwen3 import Qwen3
 
-__all__ = ["LitCausalLM", "Qwen3"]
+__all__ = ["Gemma3", "GptOss", "LitCausalLM", "LitMoECausalLM", "OLMoE", "Qwen3"]
 
-_HOME = {"LitCausalLM": "causal_lm", "Qwen3": "qwen3"}
+_HOME = {
+    "Gemma3": "gemma3",
+    "GptOss": "gpt_oss",
+    "LitCausalLM": "causal_lm",
+    "LitMoECausalLM": "moe",
+    "OLMoE": "olmoe",
+    "Qwen3": "qwen3",
+}
 
 
 def __getattr__(name: str) -> object:

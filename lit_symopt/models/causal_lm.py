@@ -18,6 +18,7 @@ from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import ConfigError
 from lit_symopt.mixin import SymOptMixin
 from lit_symopt.models.checkpoint import SECTION, refuse_another_architecture
+from lit_symopt.models.next_token import next_token_loss, refuse_without_targets
 from lit_symopt.models.pretrained import load_pretrained, write_pretrained
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ class TargetMean(Metric):
 class LitCausalLM(SymOptMixin, L.LightningModule):
     """A causal language model of transformers, trained on next tokens with `SymOpt`.
 
-    The loss of a batch `input_ids [B, T]` is the mean over its B·(T-1) targets, in nats, computed in float32:
+    The loss of a batch `input_ids [B, T]` is `next_token_loss` of the model's logits: the mean over its B·(T-1)
+    targets in nats, in float32, or in float64 if the model is. What transformers adds to its own loss by a
+    configuration's `router_aux_loss_coef` is no part of it.
 
-        loss = -1/(B·(T-1)) Σ_b Σ_{t<T} log softmax(logits[b, t])[input_ids[b, t+1]]
-
-    transformers shifts the labels itself, so the labels given to the model are the inputs.
+    Every row of the embedding trains: a configuration's `pad_token_id`, whose row transformers would leave as it is
+    (Gemma 3: token 0), is no padding here, where token 0 may be a token like any other.
 
     Logged: `train/loss`, `train/tokens` (tokens seen by all ranks since step 0, across resumes),
     `train/tokens_per_second` (all ranks, since the last logged step, validation excluded), and for each evaluation
@@ -67,9 +69,13 @@ class LitCausalLM(SymOptMixin, L.LightningModule):
     `val/perplexity` or `test/perplexity`, its exponential.
 
     Weights are initialized by transformers when the model is built: matrices and embeddings normal with mean 0 and
-    the configuration's `initializer_range` as standard deviation, norm gains 1, biases 0, drawn from torch's global
-    generator. They are float32 here; what is computed in a lower precision is the Trainer's `precision`
-    (`bf16-mixed` keeps float32 parameters, `bf16-true` turns them into bfloat16).
+    the configuration's `initializer_range` as standard deviation, norm gains 1 (Gemma 3 stores them less 1), biases 0
+    (gpt-oss draws sinks and router biases like matrices), drawn from torch's global generator. They are float32 here;
+    what is computed in a lower precision is the Trainer's `precision` (`bf16-mixed` keeps float32 parameters,
+    `bf16-true` turns them into bfloat16).
+
+    In a float64 model everything is float64 but what transformers computes in float32 whatever the model: RMSNorms and
+    rotary angles in every family, OLMoE's routing weights, and the softmax of `eager` attention except gpt-oss's.
 
     Args:
         model: the model, e.g. `Qwen3ForCausalLM(config)`.
@@ -87,6 +93,8 @@ class LitCausalLM(SymOptMixin, L.LightningModule):
     def __init__(self, model: PreTrainedModel, *, symopt: SymOptConfig = DEFAULT_SYMOPT) -> None:
         super().__init__()
         self.model = model
+        embedding: Any = model.get_input_embeddings()
+        embedding.padding_idx = None  # it masks the gradient of that row
         self.symopt = symopt
         self.tokens_seen = 0
         self.val_loss = TargetMean()
@@ -121,19 +129,31 @@ class LitCausalLM(SymOptMixin, L.LightningModule):
         return logits
 
     def loss(self, input_ids: Tensor) -> Tensor:
-        """Mean next-token loss of token ids `[B, T]` in nats, a float32 scalar."""
-        loss: Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        return loss
+        """Mean next-token loss of token ids `[B, T]` in nats; see `next_token_loss`."""
+        refuse_without_targets(input_ids)
+        return next_token_loss(self(input_ids), input_ids)
+
+    def losses(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """What training logs of a batch under `train/`: `loss`, the cross-entropy.
+
+        A subclass with more terms adds them by name, and their sum as `total_loss`.
+        """
+        return {"loss": self.loss(input_ids)}
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What training minimizes for a batch: the cross-entropy, or `total_loss` where there is more."""
+        return _minimized(self.losses(batch["input_ids"]))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """What training minimizes for one batch, after logging its terms."""
         input_ids = batch["input_ids"]
-        loss = self.loss(input_ids)
+        losses = self.losses(input_ids)
         # Every rank's batch has the same shape, so the count needs no communication.
         self.tokens_seen += input_ids.numel() * self.trainer.world_size
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        for name, value in losses.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
         self.log("train/tokens", float(self.tokens_seen))
-        return loss
+        return _minimized(losses)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds one batch to the validation loss."""
@@ -223,3 +243,7 @@ class LitCausalLM(SymOptMixin, L.LightningModule):
         """
         refuse_another_architecture(checkpoint, self)
         self.tokens_seen = int(checkpoint.get(SECTION, {}).get("tokens_seen", 0))
+
+
+def _minimized(losses: dict[str, Tensor]) -> Tensor:
+    return losses.get("total_loss", losses["loss"])

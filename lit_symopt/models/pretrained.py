@@ -40,8 +40,12 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
-def load_pretrained(folder: str | Path, *, attention: str = "sdpa") -> PreTrainedModel:
+def load_pretrained(folder: str | Path, *, attention: str | None = None) -> PreTrainedModel:
     """The causal language model of a `save_pretrained` folder, every weight in torch's default dtype.
+
+    Args:
+        folder: the folder.
+        attention: transformers' attention kernel; default: its own choice for the architecture.
 
     Raises:
         ConfigError: if the path is not such a folder, or weights are missing from it, left over or of another shape.

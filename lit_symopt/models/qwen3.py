@@ -5,20 +5,16 @@ The layers are transformers' `Qwen3ForCausalLM`; this file declares the architec
 
 from __future__ import annotations
 
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lit_symopt.blocks import Block, BlockTaxonomy, Role
+from lit_symopt.blocks import BlockTaxonomy
 from lit_symopt.config import SymOptConfig
-from lit_symopt.errors import ConfigError
-from lit_symopt.layout import Layout
+from lit_symopt.models.arguments import Attention, Entries, build_model
 from lit_symopt.models.causal_lm import DEFAULT_SYMOPT, LitCausalLM
-from lit_symopt.models.pretrained import load_pretrained, read_config
+from lit_symopt.models.shared_blocks import GATED_MLP, RESIDUAL_NORMS, attention_blocks, vocabulary_blocks
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+    from transformers import PretrainedConfig
 
 
 def taxonomy(config: PretrainedConfig) -> BlockTaxonomy:
@@ -29,27 +25,13 @@ def taxonomy(config: PretrainedConfig) -> BlockTaxonomy:
         >>> taxonomy(Qwen3Config(num_attention_heads=4, num_key_value_heads=2)).name
         'Qwen3'
     """
-    q_heads = Layout.heads(config.num_attention_heads, dim="rows")
-    kv_heads = Layout.heads(config.num_key_value_heads, dim="rows")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     blocks = [
-        Block("*q_proj.weight", role=Role.QUERY, layout=q_heads),
-        Block("*k_proj.weight", role=Role.KEY, layout=kv_heads),
-        Block("*v_proj.weight", role=Role.VALUE, layout=kv_heads),
-        Block(
-            "*o_proj.weight", role=Role.ATTENTION_OUT, layout=Layout.heads(config.num_attention_heads, dim="columns")
-        ),
-        Block("*gate_proj.weight", role=Role.GATE),
-        Block("*up_proj.weight", role=Role.UP),
-        Block("*down_proj.weight", role=Role.DOWN, layout=Layout.transposed()),  # its neurons are columns
-        Block("*norm.weight", role=Role.VECTOR),  # of layers, of queries and keys, and the last one
+        *vocabulary_blocks(tied=config.tie_word_embeddings),
+        *attention_blocks(heads, kv_heads, bias=config.attention_bias, norms=True),
+        *GATED_MLP,
+        *RESIDUAL_NORMS,
     ]
-    if config.tie_word_embeddings:
-        blocks.append(Block("*embed_tokens.weight", role=Role.TIED_EMBEDDING))
-    else:
-        blocks.append(Block("*embed_tokens.weight", role=Role.EMBEDDING))
-        blocks.append(Block("*lm_head.weight", role=Role.LM_HEAD))
-    if config.attention_bias:
-        blocks.append(Block("*_proj.bias", role=Role.VECTOR))
     return BlockTaxonomy(blocks, name="Qwen3")
 
 
@@ -101,7 +83,7 @@ class Qwen3(LitCausalLM):
         pretrained: str | None = None,
         symopt: SymOptConfig = DEFAULT_SYMOPT,
     ) -> None:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers import Qwen3ForCausalLM
 
         entries: dict[str, Any] = {
             "vocab_size": vocab_size,
@@ -118,17 +100,16 @@ class Qwen3(LitCausalLM):
             "initializer_range": initializer_range,
             "attention_dropout": attention_dropout,
         }
-        if pretrained is None:
-            _refuse_impossible(entries)
-            theta = entries.pop("rope_theta")
-            config = Qwen3Config(**entries, rope_parameters={"rope_type": "default", "rope_theta": theta})
-            config._attn_implementation = attention
-            model: PreTrainedModel = Qwen3ForCausalLM(config)
-        else:
-            _refuse_contradictions(entries, pretrained)
-            model = load_pretrained(pretrained, attention=attention)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = build_model(
+            Qwen3ForCausalLM,
+            entries,
+            family=Qwen3,
+            configure=_configure,
+            held=_held,
+            pretrained=pretrained,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         super().__init__(model, symopt=symopt)
 
     def block_taxonomy(self) -> BlockTaxonomy:
@@ -136,34 +117,15 @@ class Qwen3(LitCausalLM):
         return taxonomy(self.model.config)
 
 
-def _refuse_impossible(entries: dict[str, Any]) -> None:
-    sizes = {name: value for name, value in entries.items() if isinstance(value, int) and not isinstance(value, bool)}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1")
-    queries, keys = entries["num_attention_heads"], entries["num_key_value_heads"]
-    if queries % keys:
-        raise ConfigError(
-            f"num_key_value_heads={keys} does not divide num_attention_heads={queries}; each key head serves equally "
-            "many query heads"
-        )
-    if entries["head_dim"] % 2:
-        raise ConfigError(f"head_dim={entries['head_dim']} must be even: rotary embeddings turn pairs of dimensions")
-    for name in ("initializer_range", "rope_theta", "rms_norm_eps"):
-        if entries[name] <= 0:
-            raise ConfigError(f"{name}={entries[name]} must be positive")
-    if not 0 <= entries["attention_dropout"] < 1:
-        raise ConfigError(f"attention_dropout={entries['attention_dropout']} must be in [0, 1)")
+def _configure(entries: Entries) -> PretrainedConfig:
+    from transformers import Qwen3Config
+
+    given = {name: value for name, value in entries.items() if name != "rope_theta"}
+    config: PretrainedConfig = Qwen3Config(
+        **given, rope_parameters={"rope_type": "default", "rope_theta": entries["rope_theta"]}
+    )
+    return config
 
 
-def _refuse_contradictions(entries: dict[str, Any], folder: str) -> None:
-    config = read_config(folder)
-    if config.model_type != "qwen3":
-        raise ConfigError(f"{folder} holds a {config.model_type!r} model, not a 'qwen3' one")
-    defaults = signature(Qwen3.__init__).parameters
-    for name, value in entries.items():
-        held = config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name)
-        if value not in (held, defaults[name].default):
-            raise ConfigError(
-                f"{name}={value} contradicts pretrained={folder!r}, which has {name}={held}; leave {name} out"
-            )
+def _held(config: PretrainedConfig) -> Entries:
+    return {**config.to_dict(), "rope_theta": config.rope_parameters["rope_theta"]}

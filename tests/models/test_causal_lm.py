@@ -5,65 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_symopt.errors import ConfigError
 from lit_symopt.models import LitCausalLM, Qwen3
-
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 32,
-}
-
-
-def tiny(**changes: object) -> Qwen3:
-    torch.manual_seed(0)
-    return Qwen3(**{**TINY, **changes})  # type: ignore[arg-type]
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 32, shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Sequences(L.LightningDataModule):
-    """Batches of random tokens; the last validation batch is smaller than the others."""
-
-    def __init__(self, vocab_size: int = 32) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.sequences = tokens(10, 8)
-
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader([{"input_ids": row} for row in self.sequences], batch_size=4, drop_last=True)  # type: ignore[arg-type]
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader([{"input_ids": row} for row in self.sequences], batch_size=4)  # type: ignore[arg-type]
-
-    test_dataloader = val_dataloader
-
-
-def trainer(folder: Path, **options: object) -> L.Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "log_every_n_steps": 1,
-    }
-    return L.Trainer(**{**defaults, **options})  # type: ignore[arg-type]
+from tests.models.tiny import Sequences, tiny, tokens, trainer
 
 
 def by_hand(model: LitCausalLM, input_ids: Tensor) -> Tensor:
@@ -82,6 +30,30 @@ def test_the_loss_is_the_mean_over_next_tokens_shifted_exactly_once() -> None:
     expected = by_hand(model, input_ids)
     assert expected.numel() == 3 * 8
     torch.testing.assert_close(model.loss(input_ids).detach().double(), expected.mean(), rtol=1e-6, atol=0)
+
+
+def test_the_loss_is_that_of_transformers_and_float64_where_the_model_is() -> None:
+    model, input_ids = tiny(), tokens(3, 9)
+    theirs = model.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    assert model.loss(input_ids).dtype == torch.float32
+    torch.testing.assert_close(model.loss(input_ids), theirs, rtol=1e-7, atol=0)
+    model.double()
+    assert model.loss(input_ids).dtype == torch.float64
+    torch.testing.assert_close(model.loss(input_ids), by_hand(model, input_ids).mean(), rtol=1e-13, atol=0)
+    model.bfloat16()
+    assert model.loss(input_ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_sequences_without_a_next_token_are_refused(length: int) -> None:
+    message = rf"shape \(3, {length}\) has sequences of {length} token\(s\).*2 tokens or more"
+    with pytest.raises(ConfigError, match=message):
+        tiny().training_loss({"input_ids": tokens(3, 9)[:, :length]})
+
+
+def test_what_training_minimizes_is_the_loss() -> None:
+    model, input_ids = tiny(), tokens(3, 9)
+    assert torch.equal(model.training_loss({"input_ids": input_ids}), model.loss(input_ids))
 
 
 def test_a_model_that_knows_the_next_token_has_no_loss() -> None:

@@ -158,5 +158,5 @@ def test_importing_the_package_of_models_imports_neither_lightning_nor_transform
 def test_an_unknown_model_is_an_attribute_error_that_lists_the_known_ones() -> None:
     from lit_symopt import models
 
-    with pytest.raises(AttributeError, match="LitCausalLM, Qwen3"):
+    with pytest.raises(AttributeError, match="Gemma3, GptOss, LitCausalLM, LitMoECausalLM, OLMoE, Qwen3"):
         models.Llama  # noqa: B018
