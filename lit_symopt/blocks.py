@@ -309,12 +309,13 @@ class BlockTaxonomy:
         return declared() if callable(declared) else known_taxonomy(module)
 
     @staticmethod
-    def infer(module: nn.Module, example_batch: object) -> BlockTaxonomy:
+    def infer(module: nn.Module, example_batch: object, *, known: Sequence[Block] = ()) -> BlockTaxonomy:
         """The taxonomy of a module that declares none, from its structure; see `lit_symopt.infer`.
 
         Args:
             module: any module; its weights and its training mode are left as they are.
             example_batch: what its forward or `training_step` takes: one pass is run and followed.
+            known: blocks, as patterns, for parameters that the structure does not decide.
 
         Raises:
             TaxonomyError: naming every parameter whose place the structure does not decide.
@@ -322,7 +323,7 @@ class BlockTaxonomy:
         """
         from lit_symopt.infer import infer
 
-        return infer(module, example_batch)
+        return infer(module, example_batch, known=known)
 
     def _complain(self, unclaimed: list[str], doubled: list[str], idle: list[str], misfits: list[str]) -> None:
         complaints = []
@@ -360,8 +361,9 @@ def known_taxonomy(module: nn.Module) -> BlockTaxonomy:
             return taxonomy.under(f"{prefix}." if prefix else "")
     raise TaxonomyError(
         f"{type(module).__name__} declares no blocks and contains no known architecture "
-        f"({', '.join(sorted(KNOWN_TAXONOMIES))}). Pass taxonomy=BlockTaxonomy([Block(...), ...]), or give the module "
-        f"a method block_taxonomy() that returns one."
+        f"({', '.join(sorted(KNOWN_TAXONOMIES))}). Pass taxonomy=BlockTaxonomy([Block(...), ...]) or "
+        f"taxonomy=BlockTaxonomy.infer(module, example_batch), or give the module a method block_taxonomy() that "
+        f"returns one."
     )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lit_symopt.blocks import BlockTaxonomy, known_taxonomy
 from lit_symopt.config import SymOptConfig
+from lit_symopt.errors import TaxonomyError
 from lit_symopt.optim import SymOpt
 from lit_symopt.schedule import build_scheduler
 from lit_symopt.table import print_table
@@ -17,7 +18,7 @@ class SymOptMixin:
     """Gives a LightningModule `configure_optimizers` from a `SymOptConfig`. Put it before `LightningModule`.
 
     Set `symopt` on the class, or in `__init__` from an argument that YAML can set. Override `block_taxonomy` to say
-    what the parameters are; the known architectures need not.
+    what the parameters are; the known architectures need not, and for others it is inferred from one pass.
 
     Example:
         >>> import lightning as L
@@ -38,14 +39,31 @@ class SymOptMixin:
 
     symopt: SymOptConfig = SymOptConfig()
     _table_printed: bool = False
+    _inferred: tuple[tuple[str, ...], BlockTaxonomy] | None = None
 
     def block_taxonomy(self) -> BlockTaxonomy:
-        """The blocks of this module; the default finds a known architecture inside it.
+        """The blocks of this module: those of a known architecture inside it, else inferred from one pass.
+
+        The pass is a training step on the first samples of the training data, which are not moved by it, nor is any
+        random state (`lit_symopt.infer.example`); without training data, a call with `example_input_array`.
 
         Raises:
-            TaxonomyError: if there is none; override this method then.
+            TaxonomyError: if there is no known architecture and nothing to run a pass with, or the pass does not
+                decide the place of every parameter; override this method then.
         """
-        return known_taxonomy(self._module())
+        module = self._module()
+        try:
+            return known_taxonomy(module)
+        except TaxonomyError as error:
+            return self._infer(module, error)
+
+    def _infer(self, module: nn.Module, undeclared: TaxonomyError) -> BlockTaxonomy:
+        trainable = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+        if self._inferred is None or self._inferred[0] != trainable:
+            from lit_symopt.infer.lightning import infer_lightning
+
+            self._inferred = trainable, infer_lightning(module, undeclared)
+        return self._inferred[1]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """One `SymOpt` over every trainable parameter, and its schedule, stepped with every optimizer step."""
@@ -53,6 +71,8 @@ class SymOptMixin:
         optimizer = SymOpt.for_module(module, taxonomy, config=self.symopt)
         if not self._table_printed:
             self._table_printed = True
+            if self._inferred is not None:
+                rank_zero_only(print)(f"The blocks are {taxonomy.name}, from one pass:")
             rank_zero_only(print_table)(optimizer, taxonomy.frozen(module))
         scheduler = build_scheduler(optimizer, self.symopt.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}

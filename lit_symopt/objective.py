@@ -175,6 +175,9 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """
     modules = list(module.modules())
     kept = [({**child.__dict__}, {**child._buffers}) for child in modules]
+    # transformers hooks itself when it first records router logits; its mark of having done so is an attribute, and
+    # putting back only that would hook it again with every pass.
+    hooks = [(hooked, {**hooked}) for child in modules for hooked in (child._forward_hooks, child._forward_pre_hooks)]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     for child, (attributes, buffers) in zip(modules, kept, strict=True):
@@ -191,6 +194,9 @@ def untouched(module: nn.Module) -> Iterator[None]:
                 child.__dict__.update(attributes)
                 child._buffers.clear()
                 child._buffers.update(buffers)
+            for hooked, before in hooks:
+                hooked.clear()
+                hooked.update(before)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 

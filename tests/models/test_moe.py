@@ -17,7 +17,7 @@ from lit_symopt.models.router_losses import load_balancing_loss, router_z_loss
 from tests.models.tiny import MIXTURES, Sequences, tiny, tokens, trainer
 
 ONE_BATCH = Sequences(count=4)  # an epoch: where a resume starts in it does not matter
-BOTH = {"load_balancing_loss": 0.3, "router_z_loss": 0.2}
+BOTH: dict[str, Any] = {"load_balancing_loss": 0.3, "router_z_loss": 0.2}
 
 
 def router_logits(model: LitMoECausalLM, input_ids: Tensor) -> list[Tensor]:
