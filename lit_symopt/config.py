@@ -30,8 +30,8 @@ class RoleConfig:
         centered: project the update off the shift `1aᵀ`. Only where the loss cannot see that shift.
         momentum: β of the momentum, in [0, 1); 0 keeps no state. AdamW uses `betas` instead.
         momentum_kind: `ema` (`M ← βM + (1−β)G`) or `nesterov` (`B ← βB + G`, use `G + βB`).
-        scale: `none`, `spectral`, `aspect`, `rms`, `row_rms`, `inverse_fan_in` or `nuclear`.
-        alpha: exponent of the nuclear scale; only with it.
+        scale: `none`, `spectral`, `aspect`, `rms`, `row_rms`, `inverse_fan_in`, `nuclear` or `row_nuclear`.
+        alpha: exponent of a nuclear scale; only with one.
         eps: AdamW's ε; for row rules a guard against 0/0, relative to the row's largest entry.
         row_damping: δ in `1/(‖Mᵢ‖ + δ·rms of row norms)`.
         precision: arithmetic of polar factors: `exact`, `fp32`, `bf16` or `auto`.

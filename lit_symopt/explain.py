@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
 from lit_symopt.rules import get_rule, scale_factor
+from lit_symopt.rules.scale import NUCLEAR
 
 if TYPE_CHECKING:
     from lit_symopt.optim import SymOpt
@@ -79,8 +80,9 @@ def _step(group: dict[str, Any], parameter: Tensor) -> str:
 
 
 def _scale(group: dict[str, Any], parameter: Tensor) -> str:
-    if group["scale"] == "nuclear":
-        return f"⟨M, U⟩^{1.0 if group['alpha'] is None else group['alpha']:g}"
+    if group["scale"] in NUCLEAR:
+        size = "⟨M, U⟩" if group["scale"] == "nuclear" else "‖D(M) M‖_*"
+        return f"{size}^{1.0 if group['alpha'] is None else group['alpha']:g}"
     rule, numbers = get_rule(group["rule"]), []
     for part in layout_of(group, parameter).parts(parameter.shape):
         shape = torch.empty(part.m, part.n, device="meta")

@@ -19,6 +19,7 @@ from lit_symopt.config import RoleConfig, SymOptConfig
 from lit_symopt.errors import ConfigError
 from lit_symopt.layout import Layout
 from lit_symopt.rules import get_rule
+from lit_symopt.rules.scale import NUCLEAR
 
 VOCABULARY = (Role.EMBEDDING, Role.LM_HEAD, Role.TIED_EMBEDDING)
 ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT, Role.QKV)
@@ -185,7 +186,7 @@ def settings_for(block: Block, config: SymOptConfig) -> dict[str, Any]:
     if config.weight_decay is not None and block.role is not Role.VECTOR:
         usual["weight_decay"] = config.weight_decay
     if override.scale is not None:
-        usual["alpha"] = 1.0 if override.scale == "nuclear" else None
+        usual["alpha"] = 1.0 if override.scale in NUCLEAR else None
 
     chosen = usual | given
     if override.lr is None:

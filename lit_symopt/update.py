@@ -119,6 +119,9 @@ def direction_to_update(direction: Tensor, *, group: dict[str, Any], layout: Lay
             fan_out=part.fan_out,
             fan_in=part.fan_in,
             alpha=1.0 if group["alpha"] is None else group["alpha"],
+            centered=group["centered"],
+            eps=group["eps"],
+            row_damping=group["row_damping"],
         )
         updates.append(result * factor)
     return layout.from_matrices(updates, shape, batch_dims=1)

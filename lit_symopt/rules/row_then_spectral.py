@@ -47,7 +47,7 @@ RULE = Rule(
     equation="polar(D(M) M)",
     group="S_m × O(n)",
     kind="spectral",
-    scales=SPECTRAL_SCALES,
+    scales=SPECTRAL_SCALES | {"row_nuclear"},
     damped=True,
     source="arXiv:2605.18106",
 )

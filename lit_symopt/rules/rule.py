@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_symopt.linalg import Precision
 
-Scale = Literal["none", "spectral", "aspect", "rms", "row_rms", "inverse_fan_in", "nuclear"]
+Scale = Literal["none", "spectral", "aspect", "rms", "row_rms", "inverse_fan_in", "nuclear", "row_nuclear"]
 Kind = Literal["spectral", "row", "coordinate"]
 
 SPECTRAL_SCALES: frozenset[Scale] = frozenset({"none", "spectral", "aspect", "rms", "nuclear"})

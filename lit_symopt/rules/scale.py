@@ -9,6 +9,7 @@ r"""How long a step is, apart from the learning rate.
 | `row_rms` | √n: each row has root mean square one | a row norm |
 | `inverse_fan_in` | 1/fan_in | `sign` |
 | `nuclear` | ν^α, ν = max(⟨M, U⟩, 0) of each matrix | both |
+| `row_nuclear` | ν^α, ν = ‖D(M) M‖_* of each matrix, which does not know the size of M | `row_then_spectral` |
 
 Here m × n is the matrix whose rows are units, fan_out × fan_in the matrix as a linear map. A polar factor of full rank
 has Frobenius norm √min(m, n), so `rms` makes the root mean square of an entry 0.2, about that of an AdamW update; it is
@@ -17,7 +18,7 @@ analytic, never measured, so a low-rank momentum gives a smaller step.
 Sources: `spectral` Jordan et al. 2024 (Muon); `aspect`, `row_rms` and `inverse_fan_in` Pethick et al. 2025,
 arXiv:2502.07529 (Scion: its norms for hidden layers, one-hot inputs and the last layer); `rms` Liu et al. 2025,
 arXiv:2502.16982 (Moonlight); `nuclear` Lau et al. 2025, arXiv:2505.21799 (PolarGrad), and Carlson et al. 2015
-(stochastic spectral descent).
+(stochastic spectral descent); `row_nuclear` the published code of Lau & Su 2026, arXiv:2605.18106 (its hybrid rule).
 """
 
 from __future__ import annotations
@@ -28,14 +29,19 @@ import torch
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
+from lit_symopt.rules.centering import project
+from lit_symopt.rules.row_norm import unit_rows
 from lit_symopt.rules.rule import Rule
+
+NUCLEAR = ("nuclear", "row_nuclear")
+"""The scales with an exponent α."""
 
 ADAMW_RMS = 0.2
 """The root mean square of an AdamW update's entries, as measured by Liu et al. 2025, arXiv:2502.16982."""
 
 
 def validate_scale(scale: str, *, rule: Rule, alpha: float | None = None) -> None:
-    """Check that `scale` makes sense after `rule`, and that `alpha` is given for `nuclear` only, and not negative.
+    """Check that `scale` makes sense after `rule`, and that `alpha` belongs to a nuclear scale and is not negative.
 
     Raises `ConfigError` that names the rule, the scale and those that are allowed.
     """
@@ -43,16 +49,28 @@ def validate_scale(scale: str, *, rule: Rule, alpha: float | None = None) -> Non
         raise ConfigError(
             f"scale {scale!r} makes no sense after rule {rule.name!r}; choose one of {', '.join(sorted(rule.scales))}"
         )
-    if alpha is not None and scale != "nuclear":
+    if alpha is not None and scale not in NUCLEAR:
         raise ConfigError(f"alpha={alpha} belongs to scale 'nuclear', not {scale!r}; drop it or set scale: nuclear")
     if alpha is not None and not (math.isfinite(alpha) and alpha >= 0):
         raise ConfigError(f"alpha={alpha} must be a finite number >= 0")
 
 
 def scale_factor(
-    scale: str, *, rule: Rule, momentum: Tensor, update: Tensor, fan_out: int, fan_in: int, alpha: float = 1.0
+    scale: str,
+    *,
+    rule: Rule,
+    momentum: Tensor,
+    update: Tensor,
+    fan_out: int,
+    fan_in: int,
+    alpha: float = 1.0,
+    centered: bool = False,
+    eps: float = 1e-8,
+    row_damping: float = 0.0,
 ) -> float | Tensor:
-    """The factor of `update` [..., m, n]: a number, or for `nuclear` a tensor [..., 1, 1], one number a matrix.
+    """The factor of `update` [..., m, n]: a number, or for a nuclear scale a tensor [..., 1, 1], one number a matrix.
+
+    `centered`, `eps` and `row_damping` are those of the rule; only `row_nuclear` asks for them.
 
     Raises `ConfigError` for a scale that makes no sense after `rule`.
 
@@ -77,6 +95,10 @@ def scale_factor(
         return math.sqrt(n)
     if scale == "inverse_fan_in":
         return 1 / fan_in
+    if scale == "row_nuclear":
+        # U is the polar factor of the scaled rows, up to the last projection, which they are orthogonal to anyway.
+        rows = project(momentum) if centered else momentum
+        momentum = unit_rows(rows, eps=eps, damping=row_damping)
     return nuclear_norm(momentum, update).pow(alpha).to(update.dtype)
 
 

@@ -157,7 +157,7 @@ RATES = {
 # Rule, scale and momentum of what the file names call row, hybrid, left, Muon and AdamW.
 RULES = {
     "row": ("row_norm", "none", "ema", 0.0),
-    "hybrid": ("row_then_spectral", "nuclear", "ema", 0.0),
+    "hybrid": ("row_then_spectral", "row_nuclear", "ema", 0.0),
     "left": ("left_spectral", "nuclear", "ema", 0.0),
     "left_uncentered": ("left_spectral", "nuclear", "ema", 0.0),
     "muon": ("spectral", "spectral", "nesterov", 0.0),

@@ -16,12 +16,13 @@ SPECTRAL = ("spectral", "right_spectral", "left_spectral", "row_then_spectral")
 ROW = ("row_norm", "spectral_then_row")
 ALLOWED = {
     **{name: {"none", "spectral", "aspect", "rms", "nuclear"} for name in SPECTRAL},
+    "row_then_spectral": {"none", "spectral", "aspect", "rms", "nuclear", "row_nuclear"},
     **{name: {"none", "rms", "row_rms", "nuclear"} for name in ROW},
     "sgd": {"none"},
     "sign": {"none", "inverse_fan_in"},
     "adamw": {"none"},
 }
-SCALES = ("none", "spectral", "aspect", "rms", "row_rms", "inverse_fan_in", "nuclear")
+SCALES = ("none", "spectral", "aspect", "rms", "row_rms", "inverse_fan_in", "nuclear", "row_nuclear")
 
 
 def factor(scale: str, rule: str, *, m: int = 6, n: int = 4, fan_out: int = 6, fan_in: int = 4) -> float:
@@ -83,6 +84,25 @@ def test_nuclear_is_a_power_of_the_nuclear_norm_of_each_matrix(alpha: float, exp
     result = scale_factor("nuclear", rule=rule, momentum=x, update=u, fan_out=6, fan_in=4, alpha=alpha)
     assert isinstance(result, torch.Tensor)
     expected = torch.linalg.svdvals(x.double()).sum(dim=-1)[..., None, None] ** alpha
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("exponent", [-12, 0, 12])
+def test_row_nuclear_is_the_nuclear_norm_of_the_scaled_rows_whatever_the_size_of_the_momentum(
+    centered: bool, exponent: int
+) -> None:
+    x = torch.randn(2, 6, 4, generator=generator(0))
+    rows = x.double() - x.double().mean(dim=-2, keepdim=True) if centered else x.double()
+    rows = rows / rows.norm(dim=-1, keepdim=True)
+    rows = rows - rows.mean(dim=-2, keepdim=True) if centered else rows
+    expected = torch.linalg.svdvals(rows).sum(dim=-1)[..., None, None]
+    rule, momentum = get_rule("row_then_spectral"), x * 10.0**exponent
+    u = rule.function(momentum, centered=centered, precision="exact")
+    result = scale_factor(
+        "row_nuclear", rule=rule, momentum=momentum, update=u, fan_out=6, fan_in=4, centered=centered
+    )
+    assert isinstance(result, torch.Tensor)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
 
 
