@@ -1,0 +1,89 @@
+"""The overlays of configs/callbacks: they append to a recipe's callbacks, by the command in their headers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.conftest import RECIPE, command, prepare
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = {
+    "load_imbalance": "LoadImbalance",
+    "router_stability": "RouterStability",
+    "logit_norms": "LogitNorms",
+}
+MODEL = """\
+model:
+  class_path: lit_symopt.models.OLMoE
+  init_args:
+    vocab_size: 64
+    hidden_size: 16
+    intermediate_size: 8
+    num_hidden_layers: 2
+    num_attention_heads: 2
+    num_key_value_heads: 2
+    num_experts: 4
+    num_experts_per_tok: 2
+    max_position_embeddings: 16
+"""
+
+
+def overlay(name: str) -> tuple[str, str]:
+    return "--config", str(ROOT / "configs" / "callbacks" / f"{name}.yaml")
+
+
+def test_every_overlay_is_listed_here_and_its_header_names_recipes_that_exist() -> None:
+    folder = ROOT / "configs" / "callbacks"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(OVERLAYS)
+    for path in folder.glob("*.yaml"):
+        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert [word for word in ("Purpose", "Command", "Hardware", "Result") if f"# {word}" in "\n".join(header)] == [
+            "Purpose",
+            "Command",
+            "Hardware",
+            "Result",
+        ]
+        for recipe in re.findall(r"--config (\S+)", "\n".join(header)):
+            assert (ROOT / recipe).is_file(), recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a mixture of experts, run for four steps with all three overlays."""
+    folder = prepare(tmp_path_factory.mktemp("overlays"))
+    (folder / "moe.yaml").write_text(RECIPE[: RECIPE.index("model:")] + MODEL)
+    # A recipe may have no callbacks of its own.
+    bare = yaml.safe_load((folder / "moe.yaml").read_text())
+    del bare["trainer"]["callbacks"]
+    (folder / "bare.yaml").write_text(yaml.safe_dump(bare))
+    return folder
+
+
+def test_three_overlays_append_to_the_callbacks_of_the_recipe_in_order(run: Path) -> None:
+    options = [option for name in OVERLAYS for option in overlay(name)]
+    result = command("fit", "--config", "moe.yaml", *options, "--trainer.max_steps", "4", cwd=run)
+    assert result.returncode == 0, result.stderr
+    [version] = (run / "runs" / "tiny").iterdir()
+    saved = yaml.safe_load((version / "config.yaml").read_text())["trainer"]["callbacks"]
+    names = [entry["class_path"].rpartition(".")[2] for entry in saved]
+    assert names[:5] == ["ModelCheckpoint", "LearningRateMonitor", "ProgressBar", "RandomState", "RunReport"]
+    assert names[5:] == list(OVERLAYS.values())
+    assert {path.stem for path in version.glob("*.npz")} == set(OVERLAYS)
+    for name in OVERLAYS.values():
+        assert f"{name}: 1 look(s) at" in result.stdout
+
+
+def test_an_overlay_is_the_whole_list_where_the_recipe_has_none_and_the_command_line_changes_it(run: Path) -> None:
+    shown = command(
+        *("fit", "--config", "bare.yaml", *overlay("load_imbalance")),
+        *("--trainer.callbacks.every_n_steps", "7", "--print_config"),
+        cwd=run,
+    )
+    assert shown.returncode == 0, shown.stderr
+    [entry] = yaml.safe_load(shown.stdout)["trainer"]["callbacks"]
+    assert entry["class_path"] == "lit_symopt.callbacks.LoadImbalance"
+    assert entry["init_args"] == {"every_n_steps": 7, "top_k": None, "folder": None}
