@@ -21,6 +21,8 @@ commands:
              another optimizer:    lit-symopt fit --config configs/quickstart.yaml --model.symopt.stack adamw
   validate   validation loss:      lit-symopt validate --config configs/quickstart.yaml --ckpt_path last
   test       test loss:            lit-symopt test --config configs/quickstart.yaml --ckpt_path last
+  audit      prove the blocks:     lit-symopt audit --config configs/quickstart.yaml
+             of the weights alone: lit-symopt audit --config RECIPE --model.symopt.stack muon --loss-only
   export     weights for transformers:  lit-symopt export CHECKPOINT FOLDER
   data       token shards:         lit-symopt data convert ..., lit-symopt data info SHARD
 
@@ -36,7 +38,9 @@ WRONG_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 for input that is wrong, with one `error:` message.
+    """Run one command and return its exit code.
+
+    0; 1 if an audit failed; 2 for input that is wrong, with one `error:` message.
 
     Args:
         argv: the arguments after the program's name; default: those of this process.
@@ -55,12 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lit_symopt.training import run
 
             run(None if argv is None else arguments)
+        elif command == "audit":
+            from lit_symopt.audit.command import run as run_audit
+
+            return run_audit(arguments[1:])
         elif command == "export":
             _export(arguments[1:])
         elif command == "data":
             _data(arguments[1:])
         else:
-            known = ", ".join((*TRAINING, "export", "data"))
+            known = ", ".join((*TRAINING, "export", "data", "audit"))
             return _complain(f"there is no command {command!r}; the commands are {known} (lit-symopt --help)")
     except SymOptError as error:
         return _complain(str(error))

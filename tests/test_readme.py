@@ -61,7 +61,7 @@ def test_the_training_commands_run_in_their_order(tmp_path: Path) -> None:
     short += ["--model.symopt.schedule.warmup_steps", "1"]
     scripts = Path(sys.executable).parent
     commands = [command for command in COMMANDS if {"fit", "validate"} & set(command)]
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         steps = [*short[:1], "3", *short[2:]] if "last" in command else short
         environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
