@@ -12,8 +12,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_symopt.callbacks.ranks import gathered
 
 KEY = "random_state"
 State = dict[str, Any]
@@ -51,12 +52,7 @@ class RandomState(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the state of every rank."""
-        own = self._after_last_step or capture()
-        states: list[Any] = [own]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, own)
-        checkpoint[KEY] = states
+        checkpoint[KEY] = gathered(trainer, self._after_last_step or capture())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes this rank's state; it is restored when the first step begins."""

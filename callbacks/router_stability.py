@@ -10,12 +10,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_symopt.callbacks.looks import Looks, as_array, by_layer
 from lit_symopt.callbacks.probe import fingerprint, run_probe, take_probe
+from lit_symopt.callbacks.ranks import gathered
 from lit_symopt.errors import ConfigError
 from lit_symopt.metrics.histogram import edges
 from lit_symopt.metrics.routers import Router, find_routers
@@ -122,12 +122,7 @@ class RouterStability(Looks):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._previous is None:
             return
-        own = {"probe": self._fingerprint, "selected": self._previous}
-        states: list[Any] = [own]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, own)
-        checkpoint[KEY] = states
+        checkpoint[KEY] = gathered(trainer, {"probe": self._fingerprint, "selected": self._previous})
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes this rank's selections, if the run has as many ranks as the one that saved them."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from jsonargparse import set_parsing_settings
@@ -68,7 +68,7 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise _said_by_us(error) or error from None
+            raise said_by_us(error) or error from None
 
     def after_instantiate_classes(self) -> None:
         """Finds and checks the checkpoint."""
@@ -107,27 +107,43 @@ def run(arguments: Sequence[str] | None) -> None:
         SymOptError: for wrong input that parsing does not see.
         SystemExit: with code 2 for wrong input that it does.
     """
+    usages = {name: {"usage": f"lit-symopt {name} --config RECIPE [options]"} for name in TrainingCLI.subcommands()}
+    command_line(
+        TrainingCLI,
+        arguments,
+        parser_kwargs={"prog": "lit-symopt", **usages},
+        trainer_defaults={"callbacks": [_NothingHalfWritten()]},
+    )
+
+
+CLI = TypeVar("CLI", bound=TrainingCLI)
+
+
+def command_line(
+    kind: type[CLI], arguments: Sequence[str] | None, *, parser_kwargs: dict[str, Any], **options: Any
+) -> CLI:
+    """A command line over any LightningModule and LightningDataModule, with what goes wrong said as a SymOptError.
+
+    Args:
+        kind: the class that reads it, and runs what it says.
+        arguments: the arguments; `None` takes the process's.
+        parser_kwargs: name and usage of the program.
+        options: of `LightningCLI`.
+    """
     # `omegaconf+` resolves ${...} after the command line is read, so that an override reaches every value made of it.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     # Lightning 2.6 against torch 2.13 and newer; nothing the user could do about it.
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
     try:
-        TrainingCLI(
+        return kind(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            parser_kwargs={
-                "parser_mode": "omegaconf+",
-                "prog": "lit-symopt",
-                **{
-                    name: {"usage": f"lit-symopt {name} --config RECIPE [options]"}
-                    for name in TrainingCLI.subcommands()
-                },
-            },
-            trainer_defaults={"callbacks": [_NothingHalfWritten()]},
+            parser_kwargs={"parser_mode": "omegaconf+", **parser_kwargs},
             args=None if arguments is None else list(arguments),
+            **options,
         )
     except OmegaConfBaseException as error:
         raise ConfigError(f"an interpolation of the recipe cannot be resolved: {error}") from error
@@ -158,7 +174,7 @@ class _NothingHalfWritten(L.Callback):
                     parent.rmdir()
 
 
-def _said_by_us(error: BaseException) -> SymOptError | None:
+def said_by_us(error: BaseException) -> SymOptError | None:
     """The SymOptError that an error was raised for, if there is one."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SymOptError):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from lit_symopt.audit.run import audit, taxonomy_of
@@ -19,7 +16,7 @@ from lit_symopt.errors import ConfigError
 from lit_symopt.models.checkpoint import newest_checkpoint, open_checkpoint, refuse_another_architecture
 from lit_symopt.optim import SymOpt
 from lit_symopt.table import print_table
-from lit_symopt.training import TrainingCLI, _said_by_us, checkpoint_places
+from lit_symopt.training import TrainingCLI, checkpoint_places, command_line, said_by_us
 
 TOKENS = 512
 """About as many entries of the largest tensor of a batch are kept, and at least one sample."""
@@ -51,7 +48,7 @@ class AuditCLI(TrainingCLI):
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
         except ValueError as error:
-            raise _said_by_us(error) or error from None
+            raise said_by_us(error) or error from None
         self.datamodule, self.model = self.config_init.get("data"), self.config_init["model"]
         self.model.configure_model()
 
@@ -106,26 +103,14 @@ def run(arguments: Sequence[str]) -> int:
         SymOptError: for wrong input that parsing does not see.
         SystemExit: with code 2 for wrong input that it does.
     """
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
-    try:
-        recipe = AuditCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            run=False,
-            save_config_callback=None,
-            parser_kwargs={
-                "parser_mode": "omegaconf+",
-                "prog": "lit-symopt audit",
-                "usage": "lit-symopt audit --config RECIPE [--loss-only] [--ckpt_path FILE] [options]",
-            },
-            args=list(arguments),
-        )
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"an interpolation of the recipe cannot be resolved: {error}") from error
+    usage = "lit-symopt audit --config RECIPE [--loss-only] [--ckpt_path FILE] [options]"
+    recipe = command_line(
+        AuditCLI,
+        arguments,
+        parser_kwargs={"prog": "lit-symopt audit", "usage": usage},
+        run=False,
+        save_config_callback=None,
+    )
     recipe.load_weights()
     model, batch = recipe.model, recipe.batch()
     taxonomy, config = taxonomy_of(model, batch), getattr(model, "symopt", SymOptConfig())
