@@ -108,7 +108,8 @@ class Looks(L.Callback):
             return f"{name}: no look was taken; every_n_steps={self.every_n_steps}"
         (began, first), (ended, last) = self._ends[0], self._ends[-1]
         lines = [f"{name}: {len(self.history)} look(s) at {', '.join(self.layers)}."]
-        lines.append(f"  {'':36} {f'step {began:,}':>12} {f'step {ended:,}':>12}   highest and lowest layer at the end")
+        several = "   highest and lowest layer at the end" if len(self.layers) > 1 else ""
+        lines.append(f"  {'':36} {f'step {began:,}':>12} {f'step {ended:,}':>12}{several}")
         for tag in [tag for tag in last if not any(tag.endswith(f"/{layer}") for layer in self.layers)]:
             before = f"{first[tag]:12.4g}" if tag in first else f"{'':12}"
             each = {layer: last[f"{tag}/{layer}"] for layer in self.layers if f"{tag}/{layer}" in last}
