@@ -151,7 +151,8 @@ class Block:
         rotary_dim: r, the leading dimensions of each head that the rotary embedding turns; default: all of them.
         along: what the entries of a `Role.VECTOR` lie along: `"residual"` (gains of the residual stream's norms, biases
             of what writes to it), `"heads"` (sinks), or a role (`"query"` for the bias of the query projection or the
-            gain of the query norm). Default: the block whose bias it is by its name, else unknown.
+            gain of the query norm). Default: the block whose bias it is by its name, else unknown. A `Role.LINEAR` that
+            gates the outputs of an attention says `"heads"`: its rows are one or more for each head, in their order.
 
     Attributes:
         shape: shape of the parameter, once assigned.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_symopt.blocks import Action, Block, Role
-from lit_symopt.infer.evidence import Deciding, counts, stored
+from lit_symopt.infer.deciding import Deciding, counts, stored
 from lit_symopt.infer.facts import HeadRows
 from lit_symopt.infer.flow import STRAIGHT, Kind
 from lit_symopt.layout import Layout, QKVOrder, Stored
@@ -213,7 +213,11 @@ def _output(deciding: Deciding, name: str, bent: frozenset[str]) -> None:
     application = deciding.application(name)
     layouts = set()
     for each, reading in readings:
-        width = deciding.facts.attentions[int(reading.origin.key)].width
+        record = deciding.facts.attentions[int(reading.origin.key)]
+        if record.lost:
+            deciding.ask(name, "reads an attention whose queries or keys could not be followed")
+            return
+        width = record.width
         if application is None or not counts(reading.units) or not counts(each.inputs):
             deciding.ask(name, "reads the heads of an attention in an order that no layout says")
             return

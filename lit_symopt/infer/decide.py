@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from lit_symopt.blocks import Block, Role
+import re
+from collections import Counter
+
+from lit_symopt.blocks import HEADS, Block, Role
 from lit_symopt.infer.attention import decide_attention
-from lit_symopt.infer.evidence import Deciding, Shape, stored
+from lit_symopt.infer.deciding import Deciding, Shape, stored
 from lit_symopt.infer.facts import Facts
 from lit_symopt.infer.flow import BENT, Kind
 from lit_symopt.infer.neurons import decide_neurons
@@ -43,8 +46,8 @@ def _vocabulary(deciding: Deciding) -> None:
         if name not in facts.routed and _is_head(deciding, name) and _plain_softmax(deciding, name):
             deciding.plain.add(name)
     for name, kinds in facts.embeddings.items():
-        if name in facts.tables:
-            continue  # biases of scores
+        if name in facts.tables or not deciding.free(name):
+            continue  # biases of scores, or strange
         if len(deciding.shapes[name]) != 2:
             deciding.ask(name, "is looked up by integers and has not two dimensions")
         elif name in facts.applications:
@@ -96,10 +99,41 @@ def _routers(deciding: Deciding) -> None:
         if application is None or len(deciding.shapes[name]) != 2:
             deciding.ask(name, "chooses among experts, but is not one matrix")
             continue
+        if deciding.outputs(name) not in _experts(deciding, name):
+            _ask_for_experts(deciding, name)
+            continue
         layout = Layout.matrix() if stored(application) == "out_in" else Layout.transposed(stored="in_out")
         z_loss = name in deciding.facts.squared
         shift = "softmax" in marks and _is_blind(deciding.facts, name) and not z_loss
         deciding.decide(Block(name, role=Role.ROUTER, layout=layout, shift_invariant=shift, z_loss=z_loss))
+
+
+def _experts(deciding: Deciding, router: str) -> set[int]:
+    """The numbers of matrices in the stacks that are applied, and of members in the lists nearest to a router."""
+    stacks = {deciding.shapes[name][0] for name in deciding.facts.applications if len(deciding.shapes[name]) == 3}
+    around = ["", *(router[: number.end() + 1] for number in re.finditer(r"\d+", router))]
+    for scope in reversed(around):
+        members = Counter(
+            (name[: number.start()], name[number.end() :], shape)
+            for name, shape in deciding.shapes.items()
+            if name.startswith(scope)
+            for number in re.finditer(r"\d+", name)
+            if not router.startswith(name[: number.start()])
+        )
+        if max(members.values(), default=0) > 1:
+            return stacks | set(members.values())
+    return stacks
+
+
+def _ask_for_experts(deciding: Deciding, name: str) -> None:
+    outputs = deciding.outputs(name)
+    deciding.ask(
+        name,
+        f"weighs activations by those of its {outputs} outputs that a top-k chooses, but {outputs} experts that belong "
+        "to them are not seen",
+    )
+    softmax = "softmax" in deciding.facts.routed[name]
+    deciding.suggestions[name] = f"role=Role.ROUTER, shift_invariant={softmax}"
 
 
 def _is_blind(facts: Facts, name: str) -> bool:
@@ -127,9 +161,12 @@ def _others(deciding: Deciding) -> None:
         application = deciding.application(name)
         if application is None:
             deciding.ask(name, "is applied as a linear map in more than one way")
+        elif any(what == "chosen" for what, _ in deciding.facts.ends[name]) and name not in deciding.facts.routed:
+            deciding.ask(name, "has outputs that a top-k chooses among, and what becomes of those is not seen")
         elif len(deciding.shapes[name]) == 2:
             layout = Layout.matrix(stored=stored(application))
-            deciding.decide(Block(name, role=Role.LINEAR, layout=layout))
+            along = HEADS if name in deciding.facts.gates else None
+            deciding.decide(Block(name, role=Role.LINEAR, layout=layout, along=along))
         else:
             read = {reading.origin.kind for each in deciding.facts.applications[name] for reading in each.readings}
             what = " and ".join(sorted(kind.value for kind in read - {Kind.OPAQUE})) or "an unknown activation"

@@ -7,15 +7,17 @@ from dataclasses import replace
 import torch
 
 from lit_symopt.infer.arguments import named
-from lit_symopt.infer.flow import BENT, SHIFTED, STREAM, Flow, Kind, Origin, ParamView, Source, varying
+from lit_symopt.infer.flow import BENT, SHIFTED, STREAM, Flow, Kind, Origin, ParamView, Source
 from lit_symopt.infer.following import Following, broadcast
-from lit_symopt.infer.operations import ADDITIONS, CLIPS, PRODUCTS, STRAIGHT_OPS
+from lit_symopt.infer.labels import varying
+from lit_symopt.infer.operations import ACTIVATIONS, ADDITIONS, CLIPS, PRODUCTS, STRAIGHT_OPS
 from lit_symopt.trace import Node, Ref
 
 
 def is_elementwise(node: Node) -> bool:
     """Whether an operation acts entry by entry."""
-    return node.op in ADDITIONS | PRODUCTS | CLIPS | STRAIGHT_OPS or torch.Tag.pointwise in node.call.tags
+    known = ADDITIONS | PRODUCTS | CLIPS | STRAIGHT_OPS | ACTIVATIONS
+    return node.op in known or torch.Tag.pointwise in node.call.tags
 
 
 def elementwise(state: Following, node: Node) -> Flow:

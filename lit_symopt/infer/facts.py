@@ -53,12 +53,13 @@ class HeadRows:
 
 @dataclass
 class Attention:
-    """One attention: who writes its queries, keys and values, and how wide a value is."""
+    """One attention: who writes its queries, keys and values, how wide a value is, and whether scores lost track."""
 
     queries: tuple[HeadRows, ...] = ()
     keys: tuple[HeadRows, ...] = ()
     values: tuple[HeadRows, ...] = ()
     width: int = 0
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Facts:
         recurrent: parameters of recurrent layers that are one operation.
         tables: look-ups whose rows are added to the scores of an attention.
         touched: for each linear map the vectors that acted on what it reads; see `Flow.touched`.
+        gates: linear maps that multiply the outputs of an attention, whose rows lie head by head.
         strange: uses that nothing above covers, in words.
     """
 
@@ -119,6 +121,7 @@ class Facts:
     recurrent: set[str] = field(default_factory=set)
     tables: set[str] = field(default_factory=set)
     touched: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    gates: set[str] = field(default_factory=set)
     strange: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def seen(self, name: str) -> bool:

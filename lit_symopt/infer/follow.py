@@ -7,8 +7,9 @@ from collections.abc import Callable
 from lit_symopt.errors import TaxonomyError
 from lit_symopt.infer.elementwise import elementwise, is_elementwise, power
 from lit_symopt.infer.facts import Facts
-from lit_symopt.infer.flow import CONSTANT, Flow, Kind, varies
+from lit_symopt.infer.flow import CONSTANT, Flow, Kind
 from lit_symopt.infer.following import Following
+from lit_symopt.infer.labels import varies
 from lit_symopt.infer.layers import convolution, dropout, embedding, glu, norm, positional, recurrent, unknown
 from lit_symopt.infer.operations import (
     ADDITIONS,
@@ -26,19 +27,21 @@ from lit_symopt.infer.operations import (
     VIEWS,
 )
 from lit_symopt.infer.places import concatenation, copy, scatter, view, written_over
-from lit_symopt.infer.products import fused_attention, product
+from lit_symopt.infer.products import product
 from lit_symopt.infer.reductions import choice, logsumexp, reduction, softmax
+from lit_symopt.infer.scores import fused_attention
 from lit_symopt.trace import WRITE, Node, Ref, Trace
 
 
-def follow(trace: Trace, *, varied: frozenset[str] = frozenset()) -> Facts:
+def follow(trace: Trace, *, varied: frozenset[str] = frozenset(), frozen: frozenset[str] = frozenset()) -> Facts:
     """Collect the evidence in a graph.
 
     Args:
         trace: what `record` recorded.
         varied: names of the integer buffers whose entries differ.
+        frozen: names of the parameters that are not trained.
     """
-    state = Following(trace, varied)
+    state = Following(trace, varied, frozen)
     last = {ref.index: number for number, node in enumerate(trace.nodes) for ref in node.refs()}
     kept = set(trace.outputs.values())
     for number, node in enumerate(trace.nodes):

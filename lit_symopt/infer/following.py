@@ -10,23 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_symopt.infer.facts import Facts, VectorUse
-from lit_symopt.infer.flow import (
-    BENT,
-    CONSTANT,
-    INPUT,
-    OPAQUE,
-    STREAM,
-    SUM,
-    Flow,
-    Kind,
-    Origin,
-    ParamView,
-    Source,
-    counting,
-    same,
-    united,
-    varying,
-)
+from lit_symopt.infer.flow import BENT, CONSTANT, INPUT, OPAQUE, STREAM, SUM, Flow, Kind, Origin, ParamView, Source
+from lit_symopt.infer.labels import counting, same, united, varying
 from lit_symopt.trace import Node, Ref, Trace, Value
 
 # A sum of more linear maps than this is not told apart.
@@ -39,13 +24,15 @@ class Following:
     Args:
         trace: the graph.
         varied: names of the integer buffers whose entries differ (positions, not a constant segment).
+        frozen: names of the parameters that are not trained.
     """
 
-    def __init__(self, trace: Trace, varied: frozenset[str]) -> None:
+    def __init__(self, trace: Trace, varied: frozenset[str], frozen: frozenset[str]) -> None:
         self.trace = trace
         self.facts = Facts()
         self.flows: dict[int, Flow] = {}
         self.needed = _reaching(trace)
+        self.frozen = frozen
         self._varied = varied
 
     def flow(self, argument: Any) -> Flow:
@@ -148,6 +135,7 @@ class Following:
             for source in flows[0].sources:
                 if "logsumexp" in source.marks and output.index in self.needed:
                     self.facts.squared.add(source.origin.key)
+        self._gates(flows)
         kept: list[Source] = []
         for position, (flow, value) in enumerate(zip(flows, values, strict=True)):
             others = frozenset().union(*(f.origins for i, f in enumerate(flows) if i != position))
@@ -164,6 +152,16 @@ class Following:
             self.facts.end(Flow(sources=tuple(kept)), "weighs")
             return Flow(sources=(Source(STREAM),))
         return Flow(sources=_product(kept) or (Source(OPAQUE),), touched=touched)
+
+    def _gates(self, flows: list[Flow]) -> None:
+        """Note linear maps that multiply the heads of an attention entry by entry, or each head with one number."""
+        attended = [s for flow in flows for s in flow.of(Kind.ATTENDED) if len(s.labels) == 1]
+        linear = [s for flow in flows for s in flow.of(Kind.LINEAR) if len(s.labels) == 1]
+        for mean in attended:
+            entries, width = mean.labels[0], self.facts.attentions[int(mean.origin.key)].width
+            for gate in linear:
+                if any(torch.equal(gate.labels[0], each) for each in (entries, entries // width)):
+                    self.facts.gates.add(gate.origin.key)
 
     def route(self, source: Source) -> None:
         """Note that chosen outputs of a linear map weigh other activations."""

@@ -7,8 +7,9 @@ from functools import partial
 from torch import Tensor
 
 from lit_symopt.infer.arguments import named
-from lit_symopt.infer.flow import BENT, CONSTANT, OPAQUE, STREAM, Flow, Kind, Origin, Source, counting
+from lit_symopt.infer.flow import BENT, CONSTANT, OPAQUE, STREAM, Flow, Kind, Origin, Source
 from lit_symopt.infer.following import Following
+from lit_symopt.infer.labels import counting
 from lit_symopt.infer.operations import NORMS
 from lit_symopt.trace import Node
 
@@ -18,8 +19,14 @@ def embedding(state: Following, node: Node) -> Flow:
     weight, indices = state.flow(node.args[0]), state.flow(node.args[1])
     if weight.active:
         return Flow(sources=(Source(OPAQUE),))
+    # Positions that ids of the batch are put beside are those of a prompt in the same table.
+    positions = "positions" in indices.integers and "tokens" not in indices.integers
     for view in weight.params:
-        state.facts.embeddings[view.name].add("positions" if "positions" in indices.integers else "tokens")
+        if "routed" in indices.integers:
+            state.facts.strange[view.name].add("a look-up of rows that activations choose")
+        state.facts.embeddings[view.name].add("positions" if positions else "tokens")
+    if positions and all(view.name in state.frozen for view in weight.params):
+        return CONSTANT  # fixed sines and cosines
     names = frozenset(view.name for view in weight.params)
     return Flow(sources=(Source(STREAM, marks=names),)) if names else CONSTANT
 

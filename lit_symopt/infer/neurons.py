@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lit_symopt.blocks import Action, Block, Role
-from lit_symopt.infer.evidence import Deciding, by_columns, by_rows, counts, stored
+from lit_symopt.infer.deciding import Deciding, by_columns, by_rows, counts, stored
 from lit_symopt.infer.facts import Application, Reading
 from lit_symopt.infer.flow import BENT, STRAIGHT, Kind
 from lit_symopt.layout import GateUpOrder, Layout
@@ -31,7 +31,7 @@ def _mlp(deciding: Deciding, down: str, application: Application, readings: tupl
         for reading in readings
     )
     writers = {reading.origin.key for reading in readings}
-    if not plain or not all(_private(deciding, writer) for writer in writers):
+    if not plain or not all(_private(deciding, writer, down) for writer in writers):
         return
     if len(readings) == 1 and readings[0].bend == BENT:
         found = _ungated(deciding, readings[0])
@@ -39,12 +39,12 @@ def _mlp(deciding: Deciding, down: str, application: Application, readings: tupl
         found = _gated(deciding, *readings)
     else:
         return
-    if found is None:
+    experts = len(deciding.shapes[down]) == 3
+    if found is None or (experts and not deciding.facts.routed):  # nothing chooses among them
         return
     blocks, action = found
     for block in blocks:
         deciding.decide(block)
-    experts = len(deciding.shapes[down]) == 3
     layout = by_columns(application)
     deciding.decide(
         Block(
@@ -56,9 +56,10 @@ def _mlp(deciding: Deciding, down: str, application: Application, readings: tupl
     )
 
 
-def _private(deciding: Deciding, writer: str) -> bool:
-    """Whether nothing but linear maps reads a map's outputs, so that its units may change places."""
-    return deciding.free(writer) and all(what in ("into", "chosen") for what, _ in deciding.facts.ends[writer])
+def _private(deciding: Deciding, writer: str, reader: str) -> bool:
+    """Whether nothing but one linear map reads a map's outputs, so that its units may change places with that map's."""
+    allowed = {("into", reader), ("chosen", "")}
+    return deciding.free(writer) and deciding.facts.ends[writer] <= allowed
 
 
 def _ungated(deciding: Deciding, reading: Reading) -> tuple[list[Block], Action] | None:

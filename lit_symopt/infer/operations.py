@@ -32,6 +32,7 @@ POSITIONAL = _set("arange cumsum linspace")
 ADDITIONS = _set("add sub rsub where masked_fill lerp addcmul")
 PRODUCTS = _set("mul div true_divide")
 STRAIGHT_OPS = _set("neg real imag")
+ACTIVATIONS = _set("log_sigmoid_forward hardswish _prelu_kernel rrelu_with_noise")  # pointwise, but not tagged so
 CLIPS = _set("clamp clamp_min clamp_max hardtanh nan_to_num round minimum maximum")
 
 REDUCTIONS = _set(

@@ -8,20 +8,9 @@ import torch
 from torch import Tensor
 
 from lit_symopt.infer.arguments import named
-from lit_symopt.infer.flow import (
-    CONSTANT,
-    OPAQUE,
-    STREAM,
-    Flow,
-    Kind,
-    Origin,
-    ParamView,
-    Source,
-    along,
-    compact,
-    varies,
-)
+from lit_symopt.infer.flow import CONSTANT, OPAQUE, STREAM, Flow, Kind, Origin, ParamView, Source
 from lit_symopt.infer.following import Following
+from lit_symopt.infer.labels import along, compact, varies
 from lit_symopt.infer.operations import COMPLEX, SCATTERS, SELECTIONS
 from lit_symopt.infer.replay import CannotReplay, mover, reread
 from lit_symopt.trace import Node, Value

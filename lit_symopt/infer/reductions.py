@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from lit_symopt.infer.arguments import named
 from lit_symopt.infer.facts import Normalized
-from lit_symopt.infer.flow import BENT, CONSTANT, OPAQUE, Flow, Kind, Origin, ParamView, Source, constant_along, varies
+from lit_symopt.infer.flow import BENT, CONSTANT, OPAQUE, Flow, Kind, Origin, ParamView, Source
 from lit_symopt.infer.following import Following
+from lit_symopt.infer.labels import constant_along, varies, varying
 from lit_symopt.trace import Node
 
 
@@ -70,11 +73,19 @@ def choice(state: Following, node: Node) -> list[Flow]:
         return [replace(flow, params=()), chosen]
     sources: list[Source] = []
     for source in flow.sources:
-        if source.origin.kind is Kind.LINEAR and not any(varies(label, dim) for label in source.labels):
-            sources.append(replace(source, labels=()).marked("chosen"))
-        elif source.origin.kind is Kind.LINEAR:
+        told = any(varies(label, dim) or (label.shape[dim] == 1 and not varying(label)) for label in source.labels)
+        if source.origin.kind is Kind.LINEAR and (told or "chosen" in source.marks):
             state.facts.end(Flow(sources=(source,)), "chosen")
             sources.append(replace(source, labels=()).marked("chosen"))
+        elif source.origin.kind is Kind.LINEAR:  # of one unit the largest in time: nothing is chosen among units
+            kept = tuple(_without(label, dim, state.output(node).shape) for label in source.labels)
+            sources.append(replace(source, labels=kept).marked(node.op, bend=BENT))
         else:
             sources.append(source if source.origin.kind in (Kind.SCORES, Kind.WEIGHTS) else Source(OPAQUE))
     return [Flow(sources=tuple(sources)), chosen]
+
+
+def _without(label: Tensor, dim: int, shape: tuple[int, ...]) -> Tensor:
+    """A label that is constant along a dimension, with the size that a choice leaves there, or none."""
+    small = label.amax(dim, keepdim=True)
+    return small.expand(shape) if len(shape) == label.dim() else small.squeeze(dim)

@@ -11,7 +11,7 @@ from torch import nn
 from lit_symopt.blocks import Block, BlockTaxonomy
 from lit_symopt.errors import ConfigError, TaxonomyError
 from lit_symopt.infer.decide import decide
-from lit_symopt.infer.evidence import Deciding
+from lit_symopt.infer.deciding import Deciding
 from lit_symopt.infer.follow import follow
 from lit_symopt.infer.siblings import decide_siblings
 from lit_symopt.objective import Objective
@@ -66,7 +66,8 @@ def infer(
     )
     names = _names(module)
     shapes = {first: tuple(module.get_parameter(first).shape) for first in names}
-    deciding = decide(follow(trace, varied=varied), shapes)
+    frozen = frozenset(first for first in names if not module.get_parameter(first).requires_grad)
+    deciding = decide(follow(trace, varied=varied, frozen=frozen), shapes)
     decide_siblings(deciding)
     return _taxonomy(module, deciding, names, known)
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from lit_symopt.blocks import Block
-from lit_symopt.infer.evidence import Deciding
+from lit_symopt.infer.deciding import Deciding
 
 
 def decide_siblings(deciding: Deciding) -> None:
@@ -32,6 +32,11 @@ def decide_siblings(deciding: Deciding) -> None:
 
 
 def _patterns(name: str) -> list[str]:
+    """The name with one of its numbers left open, for each number: the lists of modules that it is in.
+
+    >>> _patterns("layers.0.experts.3.weight")
+    ['layers.#.experts.3.weight', 'layers.0.experts.#.weight']
+    """
     pieces = name.split(".")
     return [
         ".".join(["#" if i == position else piece for i, piece in enumerate(pieces)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from lit_symopt.blocks import HEADS, RESIDUAL, Block, Role
-from lit_symopt.infer.evidence import Deciding
+from lit_symopt.infer.deciding import Deciding
 from lit_symopt.infer.facts import VectorUse
 from lit_symopt.infer.flow import STRAIGHT, Kind, Origin
 from lit_symopt.layout import Layout
@@ -43,6 +43,9 @@ def _vector(deciding: Deciding, name: str) -> Block:
     if len(lies) > 1 and lies <= {"query", "key", "value", str(Role.QKV)}:
         lies = {str(Role.QKV)}  # one bias for all three
     known = lies.pop() if len(lies) == 1 and not _is_number(deciding, name, uses) else None
+    covered = {len(own) for use in uses for _, own, _ in use.origins if own is not None}
+    if known in (str(Role.LINEAR), str(Role.CONV)) and covered - {prod(deciding.shapes[name])}:
+        known = None  # one entry for several outputs
     if known in (None, str(Role.LINEAR)) and _meets_stream(deciding, name, uses):
         known = RESIDUAL
     widths = _widths(deciding)

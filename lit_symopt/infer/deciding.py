@@ -1,4 +1,4 @@
-"""Evidence about one parameter, in the form in which the rules that decide roles ask for it."""
+"""The state while roles are decided: the evidence, blocks so far, and why other parameters have none."""
 
 from __future__ import annotations
 
