@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_symopt.infer.arguments import named
 from lit_symopt.infer.flow import CONSTANT, OPAQUE, STREAM, Flow, Kind, Origin, ParamView, Source
 from lit_symopt.infer.following import Following
-from lit_symopt.infer.labels import along, compact, varies
+from lit_symopt.infer.labels import along, compact, constant_along
 from lit_symopt.infer.operations import COMPLEX, SCATTERS, SELECTIONS
 from lit_symopt.infer.replay import CannotReplay, mover, reread
 from lit_symopt.trace import Node, Value
@@ -51,7 +51,8 @@ def _selected(state: Following, node: Node, flow: Flow) -> Flow:
     dims = _indexed_dims(node, len(state.value(node.args[0]).shape))
     sources = []
     for source in flow.sources:
-        told = [label for label in source.labels if any(varies(label, dim) for dim in dims)]
+        # Among the units of one map, and not among the outputs of several.
+        told = not all(constant_along(label, [dim]) for label in source.labels for dim in dims)
         chosen = source.origin.kind is Kind.LINEAR and "routed" in integers and (told or not source.labels)
         if chosen or (told and integers & {"tokens", "derived"}):
             state.facts.end(Flow(sources=(source,)), "chosen" if chosen else "picked")

@@ -72,6 +72,25 @@ class Listed(nn.Module):
         return loss + self.z_loss * logits.logsumexp(-1).square().mean() if self.z_loss else loss
 
 
+class Gathered(Listed):
+    """Every expert sees every token, and the outputs of those that were chosen are gathered."""
+
+    def training_loss(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        out = torch.stack([expert(x) for expert in self.experts.children()], -2)
+        out = out.gather(-2, chosen[..., None].expand(*chosen.shape, out.shape[-1]))
+        x = x + (out * weights[..., None]).sum(-2)
+        return F.cross_entropy((x @ self.embed.weight.T)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_gathering_outputs_of_several_experts_is_no_choice_among_the_units_of_one() -> None:
+    found = roles(Gathered(), tokens(2, 6))
+    assert found["router.weight"] == "router"
+    assert {found[f"experts.{e}.0.weight"] for e in range(4)} == {"up"}
+    assert {found[f"experts.{e}.2.weight"] for e in range(4)} == {"down"}
+
+
 def test_weights_scattered_over_all_experts_come_from_a_router_too() -> None:
     found = blocks(Listed(), tokens(2, 5))
     assert found["embed.weight"].role is Role.TIED_EMBEDDING

@@ -99,9 +99,7 @@ def test_row_nuclear_is_the_nuclear_norm_of_the_scaled_rows_whatever_the_size_of
     expected = torch.linalg.svdvals(rows).sum(dim=-1)[..., None, None]
     rule, momentum = get_rule("row_then_spectral"), x * 10.0**exponent
     u = rule.function(momentum, centered=centered, precision="exact")
-    result = scale_factor(
-        "row_nuclear", rule=rule, momentum=momentum, update=u, fan_out=6, fan_in=4, centered=centered
-    )
+    result = scale_factor("row_nuclear", rule=rule, momentum=momentum, update=u, fan_out=6, fan_in=4, centered=centered)
     assert isinstance(result, torch.Tensor)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
 
