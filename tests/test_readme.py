@@ -53,6 +53,21 @@ def test_the_plain_snippet_explains_the_head(capsys: pytest.CaptureFixture[str])
     assert "the update is projected off it" in capsys.readouterr().out
 
 
+def test_the_inference_snippet_is_proved(capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = run_python(2)["optimizer"]
+    assert {"router", "expert_gate_up", "expert_down"} <= {group["role"] for group in optimizer.param_groups}
+    assert capsys.readouterr().out.rstrip().endswith("passed")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "audit" in c], ids=" ".join)
+def test_an_audit_passes(command: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_symopt", *command[1:]], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-2000:]}"
+    assert result.stdout.rstrip().endswith("passed")
+
+
 def test_the_training_commands_run_in_their_order(tmp_path: Path) -> None:
     """With two steps and one validation batch instead of the recipe's."""
     for name in ("configs", "lit_symopt"):
