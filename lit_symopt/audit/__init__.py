@@ -6,7 +6,7 @@ print(report)
 assert report.passed
 """
 
-from lit_symopt.audit.loss import Limits
+from lit_symopt.audit.laboratory import Limits
 from lit_symopt.audit.report import AuditReport, LossFinding, UpdateFinding
 from lit_symopt.audit.run import audit
 

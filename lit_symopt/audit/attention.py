@@ -63,7 +63,8 @@ def attention(model: Anatomy, generator: Generator, module: nn.Module) -> list[M
 
 def marked(model: Anatomy) -> bool:
     """Whether parameters besides the projections lie along heads: they may be what is wrong with an exchange."""
-    return any(v.along == ALONG_HEADS or (v.weight is None and v.along in _GAINED) for v in model.vectors)
+    gates = any(site.gates for site in model.sites)
+    return gates or any(v.along == ALONG_HEADS or (v.weight is None and v.along in _GAINED) for v in model.vectors)
 
 
 def multiples(model: Anatomy) -> list[int]:

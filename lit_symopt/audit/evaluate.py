@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,8 +43,7 @@ class Evaluator:
         self.widens = dtype == torch.float64
         self.objective = Objective(self.module, batch, loss=loss, classes=classes)
         self.tensors: dict[str, Tensor] = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        plain = loss is None and self._is_plain()
-        self._targets = self._seeded_targets() if plain and classes else None
+        self._seeded = loss is None and classes
 
     def loss(self, values: Values, *, labels: Tensor | None = None, relabels: Relabel = "both") -> float:
         """The loss at these weights, with token ids or classes permuted by `labels`."""
@@ -84,11 +84,19 @@ class Evaluator:
             self.objective.loss()
         with torch.no_grad(), _Lookups(tables) as after:
             self.objective.loss(self.objective.vocabulary_relabeled(labels))
+        moved = {name: labels.to(ids.device)[ids] for name, ids in before.found.items()}
         return [
             name
             for name, ids in before.found.items()
-            if name in after.found and torch.equal(after.found[name], labels.to(ids.device)[ids])
+            if name in after.found and torch.equal(after.found[name], moved[name]) and not torch.equal(moved[name], ids)
         ]
+
+    def absent(self, count: int) -> frozenset[int]:
+        """Those of the ids below `count` that the batch does not hold as token ids."""
+        order = torch.arange(count)
+        moved = self.objective.vocabulary_relabeled(order.roll(-1))  # every token id becomes another one
+        present = {id for one, other in _pairs(self.objective.batch, moved) for id in one[one != other].tolist()}
+        return frozenset(order.tolist()) - present
 
     def relabeled(self, labels: Tensor, relabels: Relabel) -> object:
         """The batch with its token ids or classes permuted."""
@@ -107,15 +115,15 @@ class Evaluator:
             targets = labels.to(targets.device)[targets]
         return cross_entropy(logits.flatten(0, -2), targets.flatten())
 
-    def _is_plain(self) -> bool:
+    @cached_property
+    def _targets(self) -> Tensor | None:
+        """Seeded classes for the logits of a plain module, which come with no loss of their own."""
+        if not self._seeded or hasattr(getattr(self.module, "config", None), "model_type"):
+            return None
         with torch.no_grad():
             logits = self.objective.logits()
-        return logits is not None and not hasattr(getattr(self.module, "config", None), "model_type")
-
-    def _seeded_targets(self) -> Tensor:
-        with torch.no_grad():
-            logits = self.objective.logits()
-        assert logits is not None
+        if logits is None:
+            return None
         drawn = torch.randint(logits.shape[-1], logits.shape[:-1], generator=torch.Generator().manual_seed(0))
         return drawn.to(logits.device)
 
@@ -132,6 +140,15 @@ class Evaluator:
         finally:
             for name, tensor in self.tensors.items():
                 tensor.data = before[name]
+
+
+def _pairs(one: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors in the same places of two batches."""
+    if isinstance(one, Tensor):
+        yield one, other
+    elif isinstance(one, (Mapping, tuple, list)):
+        for key in one if isinstance(one, Mapping) else range(len(one)):
+            yield from _pairs(one[key], other[key])
 
 
 def copied(module: nn.Module) -> nn.Module:

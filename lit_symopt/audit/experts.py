@@ -9,12 +9,13 @@ Shape legend:  E experts, d residual width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from lit_symopt.audit.elements import permutation, wreath
-from lit_symopt.audit.moves import Edit, Move, Refusal, without
+from lit_symopt.audit.moves import Change, Edit, Move, Refusal, without
 from lit_symopt.audit.sites import EXPERT_ROLES, Anatomy, Site, inside
 from lit_symopt.audit.views import sizes, units
 from lit_symopt.blocks import Role
@@ -31,7 +32,7 @@ def experts(
     Args:
         model: the sites.
         generator: random numbers.
-        buffers: shapes of the module's buffers by name; those `[E]` inside a mixture take part.
+        buffers: shapes of what is not trained, by name (see `untrained`); those `[E]` inside a mixture take part.
         groups: permute this many groups of experts, and the experts in each, instead of all of them.
     """
     return [_move(site, generator, buffers, groups) for site in model.sites if site.kind == "mixture"]
@@ -76,7 +77,8 @@ def _move(site: Site, generator: Generator, buffers: Mapping[str, tuple[int, ...
         name, shape = vector.block.name, vector.block.shape or ()
         if (vector.weight is None or vector.weight.name in stacked) and shape[:1] == (count,):
             edits[name] = Edit(source=name, change=along)
-    edits |= {name: Edit(source=name, change=along) for name in routing(site, buffers)}
+    for name in routing(site, buffers):
+        edits[name] = Edit(source=name, change=_along(order, buffers[name].index(count)))
     edits |= _exchanged(site, order)
     return Move(
         symmetry=SYMMETRY,
@@ -94,9 +96,28 @@ def written(site: Site) -> tuple[str, ...]:
 
 
 def routing(site: Site, buffers: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The buffers of a mixture with one number an expert, such as a bias that only the selection sees."""
-    count = (site.of(Role.ROUTER)[0].shape or (0,))[0]
-    return [name for name, shape in buffers.items() if inside(name, site.where) and shape == (count,)]
+    """What is not trained and has one number an expert, such as a bias that only the selection sees."""
+    try:
+        count = sizes(site.of(Role.ROUTER)[0])[0][0]
+    except TaxonomyError:  # the finding on this mixture says so
+        return []
+    return [
+        name
+        for name, shape in buffers.items()
+        if inside(name, site.where) and count in shape and prod(shape) == count > 1
+    ]
+
+
+def untrained(model: Anatomy, module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's floating buffers, and of the frozen parameters whose place no block says."""
+    placed = {block.name for block in model.blocks}
+    placed |= {vector.block.name for vector in model.vectors if vector.along is not None}
+    frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad and name not in placed]
+    return {name: tuple(x.shape) for name, x in (*module.named_buffers(), *frozen) if x.is_floating_point()}
+
+
+def _along(order: Tensor, dim: int) -> Change:
+    return lambda x: x.index_select(dim, order.to(x.device))
 
 
 def _exchanged(site: Site, order: Tensor) -> dict[str, Edit]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_symopt.audit.moves import Change, Edit
 from lit_symopt.audit.sites import Site, Vector
-from lit_symopt.audit.views import bias, sizes, together
+from lit_symopt.audit.views import bias, sizes, together, units
 from lit_symopt.blocks import HEADS, Block, Role
 from lit_symopt.errors import TaxonomyError
 
@@ -80,7 +80,9 @@ class Heads:
                 edits[block.name] = Edit(source=block.name, change=together(block, _Mapped(block, maps)))
         for vector in self.site.vectors:
             weight = vector.weight
-            if weight is not None and weight.role is not Role.ATTENTION_OUT and maps.keys() & _heads(weight).keys():
+            if weight is None or weight.role is Role.ATTENTION_OUT or weight in self.site.gates:
+                continue
+            if maps.keys() & _heads(weight).keys():
                 edits[vector.block.name] = Edit(source=vector.block.name, change=bias(weight, _Mapped(weight, maps)))
         return edits
 
@@ -94,6 +96,8 @@ class Heads:
         edits = self.edits({part: _taken(order) for part, order in orders.items()})
         for vector in self.site.vectors:
             name, entries = vector.block.name, vector.block.shape or ()
+            if vector.weight in self.site.gates:
+                continue
             if vector.along == HEADS:
                 if entries[-1:] != (self.queries,):
                     raise TaxonomyError(f"{name!r} {entries} lies along the heads, and {self._said('o')}")
@@ -104,6 +108,22 @@ class Heads:
                     edits[name] = Edit(source=name, change=along(part, width))
                 elif entries != (width,):
                     raise TaxonomyError(f"{name!r} {entries} lies along the {_NAMES[part]}, and {self._said(part)}")
+        return edits | self._gates(orders["q"])
+
+    def _gates(self, order: Tensor) -> dict[str, Edit]:
+        """What linear maps with rows for each query head become, and their biases."""
+        edits = {}
+        for gate in self.site.gates:
+            shapes = sizes(gate)
+            if len(shapes) != 1 or shapes[0][0] * gate.parts[0].count % self.queries:
+                raise TaxonomyError(
+                    f"{gate.name!r} {gate.shape} as {gate.layout} lies along the heads and has no equal number of rows "
+                    f"for each, and {self._said('o')}"
+                )
+            edits[gate.name] = Edit(source=gate.name, change=units(gate, _rows_taken(order)))
+            moved = bias(gate, lambda matrices: [_rows_taken(order)(matrix) for matrix in matrices])
+            for vector in (vector for vector in self.site.vectors if vector.weight == gate):
+                edits[vector.block.name] = Edit(source=vector.block.name, change=moved)
         return edits
 
     def _same(self, numbers: Mapping[Part, int], one: Part, other: Part, what: str) -> None:
@@ -147,6 +167,11 @@ class _Mapped:
 
 def _taken(order: Tensor) -> Change:
     return lambda x: x[order.to(x.device)]
+
+
+def _rows_taken(order: Tensor) -> Change:
+    """x `[..., d]` whose rows are equally many for each head, in their order → the rows of head `order[i]`."""
+    return lambda x: x.reshape(len(order), -1, x.shape[-1])[order.to(x.device)].reshape(x.shape)
 
 
 def _heads(block: Block) -> dict[Part, tuple[int, int]]:

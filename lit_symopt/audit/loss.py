@@ -2,167 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from torch import Generator, nn
 
 from lit_symopt.audit import attention, experts, residual
-from lit_symopt.audit.evaluate import Evaluator
-from lit_symopt.audit.moves import Edit, Move, Refusal
+from lit_symopt.audit.laboratory import Changes, Laboratory, Limits
+from lit_symopt.audit.moves import Move, Refusal
 from lit_symopt.audit.neurons import neurons
-from lit_symopt.audit.points import Values
 from lit_symopt.audit.report import LossFinding, Verdict
 from lit_symopt.audit.shifts import shifts
-from lit_symopt.audit.sites import Anatomy
-from lit_symopt.audit.vocabulary import vocabulary
+from lit_symopt.audit.sites import Anatomy, gates_heads
+from lit_symopt.audit.vocabulary import padding, vocabulary
 from lit_symopt.blocks import SYMMETRIES, Role
 
 CONTROLS = 3
 """How many broken elements are tried at most."""
 
-FACTORS = (1.0, 4.0, 16.0, 0.25)
-"""What the writing blocks of a site are multiplied with until its broken element shows."""
-
 Made = Sequence[Move | Refusal]
 Maker = Callable[[Generator], Made]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What counts as unmoved and as moved.
-
-    Attributes:
-        fp32, float64: largest relative change of the loss under a symmetry. What a module computes in float32 inside
-            float64 is widened where it can be, and 1e-15 is usual; 1e-7 allows for a module where it cannot. Plain
-            torch can be held to 1e-10.
-        control: the least relative change of the loss by a broken element.
-        commuting: largest relative distance of an update from commuting.
-    """
-
-    fp32: float = 1e-4
-    float64: float = 1e-7
-    control: float = 1e-3
-    commuting: float = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """Largest relative changes of the loss over all points, and how much larger than the limits they are."""
-
-    fp32: float
-    float64: float
-    excess: float
-    note: str = ""
-
-
-class Laboratory:
-    """A module in both dtypes, with the points at which it is evaluated: its own, a random one, and that one fitted."""
-
-    def __init__(
-        self,
-        single: Evaluator,
-        double: Evaluator,
-        *,
-        given: Values,
-        sharpened: Values,
-        generic: Values,
-        fitted: Values,
-        limits: Limits,
-        elements: int,
-    ) -> None:
-        self.single, self.double = single, double
-        self.points = (given, generic, fitted)
-        self._kept = (given, sharpened, sharpened)
-        self.limits = limits
-        self.elements = elements
-        self._bases: dict[tuple[object, ...], float] = {}
-
-    def changes(self, move: Move) -> Changes:
-        """How far a move moves the loss."""
-        single = double = excess = 0.0
-        notes: list[str] = []
-        for index in range(3):
-            in_double = self._change(move, move.edits, index, is_double=True)
-            in_single = self._change(move, move.edits, index, is_double=False)
-            if not in_single <= self.limits.fp32 and (flips := self._flips(move, index)):
-                notes.append(f"{flips} selections of experts are ties within fp32: float64 decides")
-                excess = _larger(excess, in_double / self.limits.float64)
-            else:
-                excess = _larger(excess, _larger(in_single / self.limits.fp32, in_double / self.limits.float64))
-            single, double = _larger(single, in_single), _larger(double, in_double)
-        return Changes(fp32=single, float64=double, excess=excess, note="; ".join(dict.fromkeys(notes)))
-
-    def control(self, move: Move) -> tuple[float, float]:
-        """How far the broken element moves the loss, and how far beyond the limit the whole one does at that point.
-
-        Where a site has too little or too much weight in the stream for its element to show, what it writes there is
-        made larger or smaller; the symmetry is then tried there as well.
-        """
-        broken = replace(move, labels=move.labels if move.broken_labels else None)
-        best = 0.0
-        for factor in FACTORS if move.writes else FACTORS[:1]:
-            for index in (2, 1):
-                change = self._change(broken, move.broken, index, is_double=False, factor=factor)
-                best = max(best, change)
-                if change > self.limits.control:
-                    if factor == 1.0:
-                        return change, 0.0
-                    return change, self._change(move, move.edits, index, is_double=True, factor=factor)
-        return best, 0.0
-
-    def _values(self, index: int, move: Move, factor: float = 1.0) -> Values:
-        values = {**self.points[index], **{name: self._kept[index][name] for name in move.keep}}
-        return values if factor == 1.0 else {**values, **{name: factor * values[name] for name in move.writes}}
-
-    def _change(
-        self, move: Move, edits: Mapping[str, Edit], index: int, *, is_double: bool, factor: float = 1.0
-    ) -> float:
-        evaluator = self.double if is_double else self.single
-        values = self._values(index, move, factor)
-        key = (index, is_double, move.keep, factor, move.writes if factor != 1.0 else ())
-        if key not in self._bases:
-            self._bases[key] = evaluator.loss(values)
-        base = self._bases[key]
-        moved = evaluator.loss(evaluator.edited(values, edits), labels=move.labels, relabels=move.relabels)
-        return abs(moved - base) / max(abs(base), 1e-12)
-
-    def _flips(self, move: Move, index: int) -> int:
-        """How many top-k selections differ between fp32 and float64, before or after the move."""
-        values = self._values(index, move)
-        flips = 0
-        for edits, labels in (({}, None), (move.edits, move.labels)):
-            one, other = (
-                evaluator.choices(evaluator.edited(values, edits), labels=labels, relabels=move.relabels)
-                for evaluator in (self.single, self.double)
-            )
-            if [a.shape for a in one] != [b.shape for b in other]:
-                return 0  # not the same selections: nothing can be said of them
-            flips += sum(int((a != b).any(-1).sum()) for a, b in zip(one, other, strict=True))
-        return flips
-
-
 def prove(laboratory: Laboratory, model: Anatomy, module: nn.Module, *, seed: int) -> list[LossFinding]:
     """Every symmetry on every kind of site."""
-    buffers = {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    buffers = experts.untrained(model, module)
     makers: list[Maker] = [
-        lambda g: vocabulary(model, g, tables=laboratory.single.token_tables),
         lambda g: neurons(model, g),
         lambda g: experts.experts(model, g, buffers=buffers),
         lambda g: attention.attention(model, g, module),
         lambda g: shifts(model, g),
     ]
-    found = [finding for maker in makers for finding in _findings(laboratory, maker, seed)]
+    found = _vocabulary(laboratory, model, module, seed)
+    found += [finding for maker in makers for finding in _findings(laboratory, maker, seed)]
     found += _partnerless(model)
     found = _grouped_experts(laboratory, found, model, buffers, seed)
     found = _told_apart(laboratory, found, model, seed)
     return [*found, *_residual(laboratory, model, module, seed)]
 
 
+def _vocabulary(laboratory: Laboratory, model: Anatomy, module: nn.Module, seed: int) -> list[LossFinding]:
+    """All ids; where that fails, those that a module does not tell apart, and heads that score some ids only."""
+    evaluator, ends = laboratory.single, model.of(Role.EMBEDDING, Role.TIED_EMBEDDING, Role.LM_HEAD)
+
+    def tried(fixed: frozenset[int], *, joined: bool) -> list[LossFinding]:
+        tables = evaluator.token_tables
+        return _findings(laboratory, lambda g: vocabulary(model, g, tables=tables, fixed=fixed, joined=joined), seed)
+
+    everything = tried(frozenset(), joined=False)
+    if all(finding.verdict != "FAIL" for finding in everything):
+        return everything
+    pads, most = padding(module), max(max(block.shape or (0,)) for block in ends)
+    padded, nothing = f"the module tells padding apart: {sorted(pads)} stay", frozenset[int]()
+    other = "the head scores another number of ids than the embedding has"
+    chosen: list[tuple[frozenset[int], bool, str]] = [(nothing, True, other)]
+    if pads:
+        chosen = [(pads, False, padded), *chosen, (pads, True, f"{padded}; {other}")]
+    chosen.append((pads | evaluator.absent(most), True, "the module uses ids that the batch does not hold: they stay"))
+    for fixed, joined, reason in chosen:
+        found = tried(fixed, joined=joined)
+        acted = any(finding.tried and finding.site == "vocabulary" for finding in found)
+        if acted and all(finding.verdict != "FAIL" for finding in found):
+            return [replace(f, reason="; ".join(filter(None, (f.reason, reason if f.tried else "")))) for f in found]
+    return everything
+
+
 def _partnerless(model: Anatomy) -> list[LossFinding]:
     """Blocks of a joint role with nothing to act jointly with: another role is missing, or theirs is wrong."""
     found: dict[str, list[str]] = {}
-    for block in model.lost:
+    gates = [block.name for block in model.lost if gates_heads(block)]
+    for block in (block for block in model.lost if block.name not in gates):
         found.setdefault(str(block.role), []).append(block.name)
     return [
         LossFinding(
@@ -175,6 +84,15 @@ def _partnerless(model: Anatomy) -> list[LossFinding]:
             "blocks of these roles that belong to it",
         )
         for role, names in found.items()
+    ] + [
+        LossFinding(
+            symmetry="joint action",
+            site=str(Role.LINEAR),
+            where=name,
+            verdict="FAIL",
+            reason=f"{name!r} declares rows for each head, and which attention's they are cannot be told",
+        )
+        for name in gates
     ]
 
 
@@ -231,7 +149,7 @@ def _tried(laboratory: Laboratory, draws: _Draws) -> LossFinding:
         results = [(laboratory.changes(_joint(moves)), moves) for moves in elements]
         worst, moves = max(results, key=lambda result: _rank(result[0].excess))
         notes = [changes.note for changes, _ in results if changes.note]
-        finding = replace(finding, fp32=max(c.fp32 for c, _ in results), float64=max(c.float64 for c, _ in results))
+        finding = replace(finding, fp32=max(c.fp32 for c, _ in results), float64=_largest(c for c, _ in results))
         if not worst.excess <= 1:
             if len(moves) > 1:
                 single = [(laboratory.changes(move), move) for move in moves]
@@ -246,8 +164,8 @@ def _tried(laboratory: Laboratory, draws: _Draws) -> LossFinding:
     control, where, _ = min(controls)
     beyond = max(change for _, _, change in controls)
     finding = replace(finding, control=control, where=where, reason="; ".join(dict.fromkeys(notes)))
-    if not beyond <= limits.float64:
-        reason = f"the loss moves by {beyond:.1e} in float64 where the site has more weight"
+    if not beyond <= laboratory.limit:
+        reason = f"the loss moves by {beyond:.1e} in {laboratory.deciding} where the site has more weight"
         return replace(finding, verdict="FAIL", reason=reason)
     if not control > limits.control:
         reason = f"the broken element moves the loss by {control:.1e} only: the test proves nothing here"
@@ -271,7 +189,7 @@ def _controls(laboratory: Laboratory, draws: _Draws) -> list[tuple[float, str, f
             found = [(-1.0, move.where, 0.0) for move in moves]
             weak = list(range(len(moves)))
         for index in weak:
-            control, beyond = laboratory.control(moves[index])
+            control, beyond = laboratory.control(moves[index], _joint(moves))
             found[index] = (max(found[index][0], control), moves[index].where, max(found[index][2], beyond))
     return found
 
@@ -288,14 +206,17 @@ def _rank(value: float) -> float:
     return value if value == value else float("inf")
 
 
+def _largest(changes: Iterable[Changes]) -> float | None:
+    found = [of.float64 for of in changes if of.float64 is not None]
+    return max(found, default=None)
+
+
 def _why(changes: Changes, limits: Limits) -> str:
+    if changes.float64 is None:
+        return f"the loss moves by {changes.fp32:.1e} in fp32"
     if changes.float64 <= limits.float64:
         return f"fp32 moves by {changes.fp32:.1e}, float64 does not: a loss of precision, not of symmetry"
     return f"the loss moves by {changes.float64:.1e} in float64"
-
-
-def _larger(a: float, b: float) -> float:
-    return b if not b <= a else a
 
 
 def _grouped_experts(

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from lit_symopt.audit.elements import permutation, scales
 from lit_symopt.audit.moves import Change, Edit, Move, Refusal, without
-from lit_symopt.audit.sites import Anatomy, Site
+from lit_symopt.audit.sites import Anatomy, Site, Vector
 from lit_symopt.audit.views import bias, sizes, units
 from lit_symopt.blocks import Action, Block, Role
 from lit_symopt.errors import TaxonomyError
@@ -26,6 +26,7 @@ _GATES = (Role.GATE, Role.GATE_UP, Role.EXPERT_GATE_UP)
 _UPS = (Role.UP, Role.GATE_UP, Role.EXPERT_GATE_UP)
 _DOWNS = (Role.DOWN, Role.EXPERT_DOWN)
 _FUSED = (Role.GATE_UP, Role.EXPERT_GATE_UP)
+_ALONG = (*map(str, (Role.GATE, Role.UP, *_FUSED)),)
 
 
 def neurons(model: Anatomy, generator: Generator) -> list[Move | Refusal]:
@@ -65,23 +66,23 @@ def _move(site: Site, generator: Generator) -> Move | Refusal:
         reason = f"{len(ups)} up and {len(downs)} down projections; one of each makes an MLP"
         return Refusal(symmetry="neurons", site=kind, where=site.where, reason=reason)
     try:
-        count, many = _agree([*site.of(*_GATES), *ups, *downs])
+        gates = [block for block in site.of(*_GATES) if block.role is not Role.EXPERT_GATE_UP or _paired(block)]
+        count, many = _agree([*gates, *ups, *downs])
     except TaxonomyError as error:
         return Refusal(symmetry="neurons", site=kind, where=site.where, reason=str(error), fails=True)
-    gated = bool(site.of(*_GATES))
-    scaled = gated and all(block.acts is Action.MONOMIAL for block in (*ups, *downs))
+    scaled = bool(gates) and all(block.acts is Action.MONOMIAL for block in (*ups, *downs))
     order = torch.stack([permutation(count, generator) for _ in range(many)])
     factor = torch.stack([scales(count, generator) if scaled else torch.ones(count).double() for _ in range(many)])
     element = _Element(order, factor)
     edits = {}
-    for block in {block.name: block for block in (*site.of(*_GATES), *ups, *downs)}.values():
-        edits[block.name] = Edit(source=block.name, change=units(block, element.of(block.role)))
+    for block in {block.name: block for block in (*gates, *ups, *downs)}.values():
+        edits[block.name] = Edit(source=block.name, change=units(block, element.of(block)))
     for vector in site.vectors:
-        weight = vector.weight
+        weight, name = vector.weight, vector.block.name
         if weight is not None and weight.role in (*_GATES, *_UPS):
-            edits[vector.block.name] = Edit(
-                source=vector.block.name, change=bias(weight, _each(element.of(weight.role)))
-            )
+            edits[name] = Edit(source=name, change=bias(weight, _each(element.of(weight))))
+        elif _is_gain(vector, count, many):
+            edits[name] = Edit(source=name, change=_of_column(element.gain()))
     return Move(
         symmetry="neurons: monomial" if scaled else "neurons: permutation",
         site=kind,
@@ -98,13 +99,33 @@ class _Element:
     def __init__(self, order: Tensor, factor: Tensor) -> None:
         self.order, self.factor = order, factor
 
-    def of(self, role: Role) -> _Rows:
+    def of(self, block: Block) -> _Rows:
         """How it acts on the rows of a block, `[..., I, d]`, with `[E, 2, I, d]` where gate and up are fused."""
-        if role in _FUSED:
+        if _paired(block):
             return _Rows(self.order, torch.stack([torch.ones_like(self.factor), self.factor], 1), fused=True)
-        if role is Role.GATE:
-            return _Rows(self.order, torch.ones_like(self.factor))
-        return _Rows(self.order, 1 / self.factor if role in _DOWNS else self.factor)
+        if block.role is Role.GATE:
+            return self.gain()
+        return _Rows(self.order, 1 / self.factor if block.role in _DOWNS else self.factor)
+
+    def gain(self) -> _Rows:
+        """How it acts on what is not rescaled."""
+        return _Rows(self.order, torch.ones_like(self.factor))
+
+
+def _paired(block: Block) -> bool:
+    """Whether a block holds the gate and the up of each neuron; experts without a gate hold one matrix each."""
+    return block.role in _FUSED and len(block.parts[0].batch) == 1 + (len(block.shape or ()) == 3)
+
+
+def _is_gain(vector: Vector, count: int, many: int) -> bool:
+    """Whether a vector that is no bias has one number a neuron, such as the gains of a norm before `down`."""
+    shape = vector.block.shape or ()
+    fits = shape == (many, count) or (many == 1 and shape == (count,))
+    return vector.weight is None and not vector.contradicts and vector.along in _ALONG and fits
+
+
+def _of_column(change: Change) -> Change:
+    return lambda x: change(x.unsqueeze(-1)).squeeze(-1)
 
 
 def _each(change: Change) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -135,7 +156,7 @@ def _agree(blocks: Sequence[Block]) -> tuple[int, int]:
     for block in blocks:
         parts = sizes(block)
         batch = [size for part in block.parts for size in part.batch]
-        fused = block.role in _FUSED
+        fused = block.role is Role.GATE_UP or _paired(block)
         if (
             len(parts) != 1
             or len(batch) != (1 if fused else 0) + (len(block.shape or ()) == 3)

@@ -8,8 +8,9 @@ import torch
 from torch import Generator, nn
 
 from lit_symopt.audit.evaluate import Evaluator
-from lit_symopt.audit.experts import routing
-from lit_symopt.audit.loss import Laboratory, Limits, prove
+from lit_symopt.audit.experts import routing, untrained
+from lit_symopt.audit.laboratory import Laboratory, Limits
+from lit_symopt.audit.loss import prove
 from lit_symopt.audit.points import Values, fitted, generic, given, sharpened
 from lit_symopt.audit.report import AuditReport
 from lit_symopt.audit.sites import Anatomy, anatomy
@@ -43,8 +44,9 @@ def audit(
     block, the optimizer's updates of transformed gradients (real ones, at `precision: fp32`) are compared with its
     transformed updates: `‖U(gG) - gU(G)‖ / ‖U(G)‖`.
 
-    The module is left as it is, bit by bit; what is exchanged are the weights of two copies, one in float64: an audit
-    needs about fifteen times the memory of the weights in float32.
+    The module is left as it is, bit by bit; what is exchanged are the weights of two copies, one in float64. That has
+    its cost: besides the module about fifteen times the memory of its weights in float32 (ten with `loss_only`), and
+    minutes for 100 million parameters on a CPU. A small configuration of the same architecture shows the same.
 
     Args:
         module: any module.
@@ -80,7 +82,7 @@ def audit(
     model = _anatomy(taxonomy, module, trained)
     heads = [block for block in trained if block.role is Role.LM_HEAD]
     tied = [block for block in trained if block.role is Role.TIED_EMBEDDING]
-    single, double = (
+    single, wide = (
         Evaluator(module, batch, dtype=dtype, loss=loss, classes=bool(heads or tied))
         for dtype in (torch.float32, torch.float64)
     )
@@ -91,7 +93,7 @@ def audit(
             f"the loss of {type(module).__name__} on this batch is {base}: nothing can be told from it. A causal "
             "language model needs sequences of two tokens or more."
         )
-    _try_widened(double, own)
+    double = _in_float64(wide, own)
     generator = Generator().manual_seed(seed)
     buffers = frozenset(_routing_buffers(model, module))
     sharp = sharpened(own, model)
@@ -108,7 +110,8 @@ def audit(
     )
     found = prove(laboratory, model, module, seed=seed)
     updates = () if loss_only else commuting(single, own, trained, config, limits=limits, elements=elements, seed=seed)
-    narrow = "" if double.widens else ", float64 with the module's own float32 inside"
+    narrow = "" if double is None or double.widens else ", float64 with the module's own float32 inside"
+    narrow = narrow if double else ", fp32 alone: the module does not run in float64"
     headline = f"{type(module).__name__}, loss {base:.4f}, stack {config.stack}{narrow}"
     return AuditReport(loss=tuple(found), updates=tuple(updates), headline=headline)
 
@@ -123,12 +126,18 @@ def taxonomy_of(module: nn.Module, batch: object) -> BlockTaxonomy:
         return BlockTaxonomy.infer(module, batch)
 
 
-def _try_widened(double: Evaluator, values: Values) -> None:
-    """Leaves a module its float32 inside float64 where it cannot do without; the headline says so then."""
-    try:
-        double.loss(values)
-    except (RuntimeError, TypeError):
-        double.widens = False
+def _in_float64(evaluator: Evaluator, values: Values) -> Evaluator | None:
+    """The evaluator as it works: a module keeps its float32 inside float64 if it cannot do without.
+
+    None for a module that does not run in float64 at all; the headline says either.
+    """
+    for evaluator.widens in (True, False):
+        try:
+            evaluator.loss(values)
+        except (RuntimeError, TypeError):
+            continue
+        return evaluator
+    return None
 
 
 def _anatomy(taxonomy: BlockTaxonomy, module: nn.Module, trained: list[Block]) -> Anatomy:
@@ -150,5 +159,6 @@ def _anatomy(taxonomy: BlockTaxonomy, module: nn.Module, trained: list[Block]) -
 
 
 def _routing_buffers(model: Anatomy, module: nn.Module) -> list[str]:
-    shapes = {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-    return [name for site in model.sites if site.kind == "mixture" for name in routing(site, shapes)]
+    shapes = untrained(model, module)
+    sites = [site for site in model.sites if site.kind == "mixture"]
+    return [name for site in sites for name in routing(site, shapes)]

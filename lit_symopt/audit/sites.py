@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lit_symopt.blocks import RESIDUAL, Block, Role
+from lit_symopt.blocks import HEADS, RESIDUAL, Block, Role
 
 ATTENTION_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.QKV, Role.ATTENTION_OUT)
 MLP_ROLES = (Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN)
@@ -29,11 +29,13 @@ class Vector:
         block: the vector's block.
         along: a role, `"residual"`, `"heads"`, or None if nothing says it.
         weight: the weight whose bias it is, if it is one.
+        contradicts: it declares to lie along something else than the outputs of the weight whose bias it is by name.
     """
 
     block: Block
     along: str | None
     weight: Block | None
+    contradicts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Site:
         where: the module's name.
         blocks: its weights.
         vectors: biases, gains and sinks along its units.
+        gates: linear maps whose outputs multiply those of the heads of an attention.
         experts: for a mixture whose experts are modules of their own, their MLPs in order.
         problem: why the blocks cannot act together, if they cannot.
     """
@@ -53,6 +56,7 @@ class Site:
     where: str
     blocks: tuple[Block, ...]
     vectors: tuple[Vector, ...] = ()
+    gates: tuple[Block, ...] = ()
     experts: tuple[Site, ...] = ()
     problem: str | None = None
 
@@ -97,9 +101,12 @@ def anatomy(blocks: Sequence[Block], *, frozen: Sequence[str] = ()) -> Anatomy:
     mlps = _around(weights, Role.DOWN, (Role.UP, Role.GATE_UP), (Role.GATE,), "mlp")
     attentions = _around(weights, Role.ATTENTION_OUT, (Role.VALUE, Role.QKV), (Role.QUERY, Role.KEY), "attention")
     mixtures = [_mixture(router, weights, mlps) for router in weights if router.role is Role.ROUTER]
+    attentions = _with_gates(attentions, weights)
     sites = _with_vectors([*attentions, *mlps, *mixtures], vectors)
-    used = {block.name for site in sites for block in site.blocks}
-    lost = [block for block in weights if block.role in (*ATTENTION_ROLES, *MLP_ROLES, *EXPERT_ROLES)]
+    used = {block.name for site in sites for block in (*site.blocks, *site.gates)}
+    lost = [
+        block for block in weights if block.role in (*ATTENTION_ROLES, *MLP_ROLES, *EXPERT_ROLES) or gates_heads(block)
+    ]
     return Anatomy(
         blocks=tuple(weights),
         vectors=tuple(vectors),
@@ -115,11 +122,23 @@ def place(vector: Block, weights: Iterable[Block]) -> Vector:
     A declaration that contradicts the name is taken at its word: the vector is no bias then, and the audit will tell.
     """
     weight = next((w for w in weights if any(vector.name in _bias_names(name) for name in (w.name, *w.aliases))), None)
-    outputs = None if weight is None or weight.role in _UNKNOWN_OUTPUTS else _along(str(weight.role))
+    outputs = None if weight is None else _outputs(weight)
     declared = _along(vector.along)
-    if declared is not None and outputs is not None and declared != outputs:
-        weight = None
-    return Vector(block=vector, along=declared or outputs, weight=weight)
+    contradicts = declared is not None and outputs is not None and declared != outputs
+    return Vector(
+        block=vector, along=declared or outputs, weight=None if contradicts else weight, contradicts=contradicts
+    )
+
+
+def gates_heads(block: Block) -> bool:
+    """Whether a block is a linear map with one output or more for each query head, in their order."""
+    return block.role is Role.LINEAR and block.along == HEADS
+
+
+def _outputs(weight: Block) -> str | None:
+    if gates_heads(weight):
+        return HEADS
+    return None if weight.role in _UNKNOWN_OUTPUTS else _along(str(weight.role))
 
 
 def _along(name: str | None) -> str | None:
@@ -211,6 +230,19 @@ def _listed(mlps: Sequence[Site]) -> list[Site]:
     return max(complete, key=len, default=[])
 
 
+def _with_gates(attentions: Sequence[Site], weights: Sequence[Block]) -> list[Site]:
+    """The attentions with their gates: each goes to the one attention in the smallest module around it."""
+    held: dict[int, list[Block]] = {}
+    for gate in (block for block in weights if gates_heads(block)):
+        for prefix in prefixes(gate.name):
+            near = [n for n, site in enumerate(attentions) if _overlap(site.where, prefix)]
+            if near:
+                if len(near) == 1:
+                    held.setdefault(near[0], []).append(gate)
+                break
+    return [replace(site, gates=tuple(held.get(index, ()))) for index, site in enumerate(attentions)]
+
+
 def _with_vectors(sites: Sequence[Site], vectors: Iterable[Vector]) -> list[Site]:
     """The sites with the vectors along their units: each goes to the one site in the smallest module around it."""
     held: dict[int, list[Vector]] = {}
@@ -218,35 +250,31 @@ def _with_vectors(sites: Sequence[Site], vectors: Iterable[Vector]) -> list[Site
         for index in _homes(vector, sites):
             held.setdefault(index, []).append(vector)
     return [
-        Site(
-            kind=site.kind,
-            where=site.where,
-            blocks=site.blocks,
+        replace(
+            site,
             vectors=tuple(held.get(index, ())),
             experts=tuple(
-                Site(
-                    kind=expert.kind,
-                    where=expert.where,
-                    blocks=expert.blocks,
-                    vectors=tuple(v for v in held.get(index, ()) if inside(v.block.name, expert.where)),
-                )
+                replace(expert, vectors=tuple(v for v in held.get(index, ()) if inside(v.block.name, expert.where)))
                 for expert in site.experts
             ),
-            problem=site.problem,
         )
         for index, site in enumerate(sites)
     ]
 
 
 def _homes(vector: Vector, sites: Sequence[Site]) -> list[int]:
-    """The numbers of the sites a vector acts in; more than one for an expert's bias: its MLP and its mixture."""
+    """The numbers of the sites a vector acts in.
+
+    More than one for an expert's bias, its MLP and its mixture, and for a table along heads around several attentions.
+    """
     if vector.weight is not None:
-        owned = [n for n, site in enumerate(sites) if vector.weight.name in {block.name for block in site.blocks}]
+        name = vector.weight.name
+        owned = [n for n, site in enumerate(sites) if name in {block.name for block in (*site.blocks, *site.gates)}]
         if owned:
             return owned
     kinds = {
         **dict.fromkeys(map(str, ATTENTION_ROLES), "attention"),
-        "heads": "attention",
+        HEADS: "attention",
         **dict.fromkeys(map(str, MLP_ROLES), "mlp"),
         **dict.fromkeys(map(str, (*EXPERT_ROLES, Role.ROUTER)), "mixture"),
     }
@@ -257,7 +285,7 @@ def _homes(vector: Vector, sites: Sequence[Site]) -> list[int]:
     for prefix in prefixes(vector.block.name):
         near = [n for n, site in enumerate(sites) if site.kind == kind and _overlap(site.where, prefix)]
         if near:
-            return near if len(near) == 1 else []
+            return near if len(near) == 1 or vector.along == HEADS else []
     return []
 
 

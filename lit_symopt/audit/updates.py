@@ -34,7 +34,7 @@ from torch import Generator, Tensor, nn
 
 from lit_symopt.audit.elements import DENSE_UP_TO, haar, permutation, rotation
 from lit_symopt.audit.evaluate import Evaluator
-from lit_symopt.audit.loss import Limits
+from lit_symopt.audit.laboratory import Limits
 from lit_symopt.audit.points import Values
 from lit_symopt.audit.report import UpdateFinding
 from lit_symopt.audit.sites import VOCABULARY_ROLES

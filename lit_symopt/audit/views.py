@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_symopt.audit.moves import Change
+from lit_symopt.audit.sites import gates_heads
 from lit_symopt.blocks import Block, Role
 from lit_symopt.errors import TaxonomyError
 
@@ -86,6 +87,8 @@ def sizes(block: Block) -> list[tuple[int, int]]:
 
 def _turns(block: Block) -> list[bool]:
     """For each part, whether its matrices have the units as columns."""
+    if gates_heads(block):
+        return [not rows for rows in _rows_are_outputs(block)]
     if block.role not in OUTPUT_UNITS + INPUT_UNITS:
         return [False] * len(block.parts)
     wrong = [rows != (block.role in OUTPUT_UNITS) for rows in _rows_are_outputs(block)]
