@@ -237,7 +237,8 @@ def report() -> str:
                 run = Run(family, rule, rate, TUNING_SEED)
                 numbers = [_result(run)["loss"], *(values[0] for values in _ends([run]))]
                 text += f"| {label} | {rate:g} | {' | '.join(f'{number:.3f}' for number in numbers)} |\n"
-    return text
+    reading = RECORD / "reading.md"  # written by hand, for these runs
+    return f"{text}\n{reading.read_text()}" if reading.exists() else text
 
 
 def _ends(runs: list[Run]) -> list[list[float]]:
