@@ -80,15 +80,18 @@ class Symmetry:
         joint: the roles that the same element must act on for the loss to stay the same; empty if none.
         shift_invariant: whether adding one vector to every unit (`W + 1aᵀ`, with the bias) leaves the loss unchanged.
             Such a block's update is centered.
+        z_loss: whether a z-loss is the one part of the loss that sees that shift. Then the update is not centered.
     """
 
     units: str
     features: str
     joint: tuple[str, ...] = ()
     shift_invariant: bool = False
+    z_loss: bool = False
 
     def __str__(self) -> str:
-        return f"{self.units} × {self.features}" + (" / shift" if self.shift_invariant else "")
+        seen = " / shift" if self.shift_invariant else ", z-loss" if self.z_loss else ""
+        return f"{self.units} × {self.features}{seen}"
 
 
 def _symmetry(units: str, features: str, *joint: str, shift: bool = False) -> Symmetry:
@@ -193,7 +196,7 @@ class Block:
         if self.role in (Role.QUERY, Role.KEY) and self.acts is Action.GENERAL_LINEAR:
             symmetry = replace(symmetry, units="GL(h)")
         shift = symmetry.shift_invariant if self.shift_invariant is None else self.shift_invariant
-        return replace(symmetry, shift_invariant=shift and not self.z_loss)
+        return replace(symmetry, shift_invariant=shift and not self.z_loss, z_loss=self.z_loss)
 
     @property
     def acts(self) -> Action:

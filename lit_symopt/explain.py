@@ -53,8 +53,12 @@ def _matrices(group: dict[str, Any], parameter: Tensor) -> str:
 
 
 def _centering(group: dict[str, Any]) -> str:
+    if group["centered"] and "z-loss" in group["symmetry"]:
+        return "yes, as asked, although a z-loss sees the shift 1aᵀ"
     if group["centered"]:
         return "yes: the loss cannot see the shift 1aᵀ, so the update is projected off it"
+    if "z-loss" in group["symmetry"]:
+        return "no: a z-loss sees the shift 1aᵀ, and a centered update could not follow it"
     return (
         "no: the loss sees every direction"
         if "shift" not in group["symmetry"]

@@ -1,5 +1,6 @@
 """Each stack is the method it is named after. Oracle: the published equation, in exact arithmetic, by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -207,6 +208,10 @@ def test_an_override_for_a_role_that_is_absent_is_refused() -> None:
 def test_a_router_with_a_z_loss_is_centered_only_on_request_and_then_with_a_warning() -> None:
     router = Block("router", role=Role.ROUTER, z_loss=True, shape=(4, 8))
     assert settings_for(router, SymOptConfig())["centered"] is False
+    module = nn.ParameterDict({"router": nn.Parameter(torch.randn(4, 8))})
+    optimizer = SymOpt.for_module(module, BlockTaxonomy([replace(router, shape=None)]))
+    assert "symmetry S_E × O(d), z-loss" in optimizer.explain("router")
+    assert "no: a z-loss sees the shift 1aᵀ" in optimizer.explain("router")
     with pytest.warns(UserWarning, match=r"roles\.router\.centered=true: a z-loss penalizes the shift 1aᵀ of 'router'"):
         settings = settings_for(router, SymOptConfig(roles={"router": RoleConfig(centered=True)}))
     assert settings["centered"] is True
