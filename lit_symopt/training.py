@@ -65,6 +65,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds data, model and Trainer; what they say about wrong input is not buried in a parsing error."""
+        _refuse_repeated(self._get(self.config, "trainer.callbacks"))
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -86,6 +87,18 @@ class TrainingCLI(LightningCLI):
         _announce([f"{'continuing from' if resume else 'using'} {path}"])
         for config in (self.config, self.config_init):  # what is saved with the run, and what is run
             config[self.subcommand]["ckpt_path"] = str(path)
+
+
+def _refuse_repeated(callbacks: Any) -> None:
+    """Refuses a callback of ours that is listed twice: both would keep the same state and write the same files."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    paths = [str(callback.get("class_path")) for callback in listed if callback is not None]
+    for path in dict.fromkeys(paths):
+        if path.startswith("lit_symopt.callbacks.") and paths.count(path) > 1:
+            raise ConfigError(
+                f"trainer.callbacks lists {path} {paths.count(path)} times, as when an overlay of configs/callbacks adds "
+                "what the recipe has already; keep one"
+            )
 
 
 def checkpoint_places(trainer: L.Trainer) -> list[tuple[Path, str]]:

@@ -87,3 +87,11 @@ def test_an_overlay_is_the_whole_list_where_the_recipe_has_none_and_the_command_
     [entry] = yaml.safe_load(shown.stdout)["trainer"]["callbacks"]
     assert entry["class_path"] == "lit_symopt.callbacks.LoadImbalance"
     assert entry["init_args"] == {"every_n_steps": 7, "top_k": None, "folder": None}
+
+
+def test_a_callback_that_the_recipe_has_already_is_refused_by_name(run: Path) -> None:
+    options = (*overlay("logit_norms"), *overlay("logit_norms"))
+    result = command("fit", "--config", "moe.yaml", *options, cwd=run)
+    assert result.returncode == 2
+    assert "error: trainer.callbacks lists lit_symopt.callbacks.LogitNorms 2 times" in result.stderr
+    assert "Traceback" not in result.stderr
