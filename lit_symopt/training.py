@@ -96,8 +96,8 @@ def _refuse_repeated(callbacks: Any) -> None:
     for path in dict.fromkeys(paths):
         if path.startswith("lit_symopt.callbacks.") and paths.count(path) > 1:
             raise ConfigError(
-                f"trainer.callbacks lists {path} {paths.count(path)} times, as when an overlay of configs/callbacks adds "
-                "what the recipe has already; keep one"
+                f"trainer.callbacks lists {path} {paths.count(path)} times, as when an overlay of configs/callbacks "
+                "adds what the recipe has already; keep one"
             )
 
 
