@@ -32,7 +32,8 @@ class Objective:
     - a LightningModule: `training_step(batch, 0)`, its logging silenced; a Trainer is put in its place if it has none;
     - a transformers model: `forward(**batch)`, and the cross-entropy of its logits, computed here so that a float64
       model has a float64 loss. Causal models predict the next token, `labels` default to `input_ids`; a classifier
-      without labels gets seeded ones;
+      without labels gets seeded ones. Without logits, or with labels of another shape than they have, it is treated
+      as any other module;
     - any other module: `forward(batch)`, `forward(*batch)` or `forward(**batch)` by the kind of the batch. The loss is
       its output if that is one number, the cross-entropy with seeded classes if `classes` is true, else the mean
       square distance of its outputs from seeded normal numbers.

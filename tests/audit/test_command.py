@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def test_with_loss_only_such_a_stack_passes(recipe: Path, capsys: pytest.Capture
     assert "Updates" not in capsys.readouterr().out
 
 
-def test_the_weights_of_a_checkpoint_are_audited(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def write_trained(path: Path) -> None:
+    """A checkpoint of the recipe's model as after training: its gains differ, which rotations do not survive."""
     torch.manual_seed(0)
     model = Qwen3(
         vocab_size=64,
@@ -73,18 +75,36 @@ def test_the_weights_of_a_checkpoint_are_audited(recipe: Path, capsys: pytest.Ca
         max_position_embeddings=16,
         attention_dropout=0.2,
     )
-    with torch.no_grad():  # as after training: its gains differ, which rotations do not survive
+    with torch.no_grad():
         model.model.model.norm.weight[0] = 2.0
     checkpoint = {"state_dict": model.state_dict(), "global_step": 1, "loops": {}}
     model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, "trained.ckpt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, path)
+
+
+def test_the_weights_of_a_checkpoint_are_audited(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_trained(recipe / "trained.ckpt")
     assert main(["audit", "--config", "tiny.yaml", "--loss-only", "--ckpt_path", "trained.ckpt"]) == 0
     said = capsys.readouterr().out
     assert "using trained.ckpt" in said
     assert "the gains of 'model.model.norm.weight' are not constant" in said
 
 
-def test_the_newest_checkpoint_of_a_run_is_found(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_checkpoint_of_the_recipes_runs_is_found(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older, newer = (recipe / "runs" / "tiny" / f"version_{n}" / "checkpoints" / "last.ckpt" for n in (1, 0))
+    for path, written in ((newer, 2_000_000_000), (older, 1_000_000_000)):
+        write_trained(path)
+        os.utime(path, (written, written))
+    before = files(recipe)
+    assert main(["audit", "--config", "tiny.yaml", "--loss-only", "--ckpt_path", "last"]) == 0
+    said = capsys.readouterr().out
+    assert "using runs/tiny/version_0/checkpoints/last.ckpt" in said
+    assert "the gains of 'model.model.norm.weight' are not constant" in said
+    assert files(recipe) == before
+
+
+def test_without_a_run_it_says_where_it_looked(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "--config", "tiny.yaml", "--loss-only", "--ckpt_path", "last"]) == 2
     assert "looked for runs/tiny/*/checkpoints/*.ckpt" in capsys.readouterr().err
 
