@@ -166,6 +166,28 @@ class Layout(ABC):
     def from_matrices(self, matrices: Sequence[Tensor], shape: Sequence[int], *, batch_dims: int = 0) -> Tensor:
         """The exact inverse of `to_matrices`: a tensor `[*leading, *shape]` made of the given matrices."""
 
+    def cells(self, shape: Sequence[int]) -> tuple[tuple[Layout, Shape], ...]:
+        """The contiguous stretches of storage on which the layout acts alone: what can be updated apart from the rest.
+
+        Put one after the other in the order given, row by row, the stretches are the tensor, each of the shape beside
+        its layout. An expert of a stack, a head of rows or a stacked gate is such a cell; heads along columns or
+        interleaved branches are not, and their tensor is one cell. The cells' parts, counted out, are the parts of
+        the whole, but in the order of storage: every matrix of the first expert before those of the second.
+
+        Raises:
+            TaxonomyError: if the layout does not fit the shape.
+
+        Example:
+            >>> olmoe = Layout.experts(Layout.gate_up("stacked"))
+            >>> [(str(layout), shape) for layout, shape in olmoe.cells((2, 6, 4))]
+            [('matrix()', (3, 4)), ('matrix()', (3, 4)), ('matrix()', (3, 4)), ('matrix()', (3, 4))]
+        """
+        self.parts(shape)  # fits, or says why not
+        return self._cells(tuple(shape))
+
+    def _cells(self, shape: Shape) -> tuple[tuple[Layout, Shape], ...]:
+        return ((self, shape),)
+
     def whole(self) -> Layout:
         """The same storage with heads merged: whole matrices, as Muon updates them."""
         return self
@@ -282,6 +304,12 @@ class _Heads(Layout):
             columns //= self.n
         return (self._part(rows, columns, batch=(self.n,)),)
 
+    def _cells(self, shape: Shape) -> tuple[tuple[Layout, Shape], ...]:
+        if self.dim == "columns":
+            return super()._cells(shape)
+        rows, columns = shape
+        return ((_Matrix(self.stored), (rows // self.n, columns)),) * self.n
+
     def to_matrices(self, tensor: Tensor, *, batch_dims: int = 0) -> tuple[Tensor, ...]:
         if self.dim == "rows":
             return (torch.unflatten(tensor, -2, (self.n, tensor.shape[-2] // self.n)),)
@@ -318,6 +346,12 @@ class _GateUp(Layout):
         if self.pairs:
             return (Part(m=neurons, n=2 * features, fan_out=neurons, fan_in=features),)
         return (Part(batch=(2,), m=neurons, n=features, fan_out=neurons, fan_in=features),)
+
+    def _cells(self, shape: Shape) -> tuple[tuple[Layout, Shape], ...]:
+        if self.stored == "in_out" or self.order == "interleaved" or self.pairs:
+            return super()._cells(shape)
+        rows, columns = shape
+        return ((_Matrix(), (rows // 2, columns)),) * 2
 
     def to_matrices(self, tensor: Tensor, *, batch_dims: int = 0) -> tuple[Tensor, ...]:
         rows = tensor if self.stored == "out_in" else tensor.mT
@@ -372,6 +406,13 @@ class _QKV(Layout):
         if not self.merged:
             return (part((total,), self.head_dim),)
         return tuple(part((), heads * self.head_dim) for heads in (self.q, self.kv, self.kv))
+
+    def _cells(self, shape: Shape) -> tuple[tuple[Layout, Shape], ...]:
+        # One key head means one group: its queries, its key and its value lie as if they were stacked.
+        if self.stored == "in_out" or (self.merged and self.order != "stacked" and self.kv > 1):
+            return super()._cells(shape)
+        heads = (self.q, self.kv, self.kv) if self.merged else (1,) * (self.q + 2 * self.kv)
+        return tuple((_Matrix(), (count * self.head_dim, shape[1])) for count in heads)
 
     def to_matrices(self, tensor: Tensor, *, batch_dims: int = 0) -> tuple[Tensor, ...]:
         rows = tensor if self.stored == "out_in" else tensor.mT
@@ -444,6 +485,12 @@ class _Split(Layout):
         inner = zip(self.inners, self._shapes(shape), strict=True)
         return tuple(part for layout, piece in inner for part in layout.parts(piece))
 
+    def _cells(self, shape: Shape) -> tuple[tuple[Layout, Shape], ...]:
+        if self.dim == "columns":
+            return super()._cells(shape)
+        inner = zip(self.inners, self._shapes(shape), strict=True)
+        return tuple(cell for layout, piece in inner for cell in layout.cells(piece))
+
     def to_matrices(self, tensor: Tensor, *, batch_dims: int = 0) -> tuple[Tensor, ...]:
         pieces = zip(self.inners, torch.split(tensor, list(self.sizes), dim=self._axis), strict=True)
         return tuple(matrix for layout, piece in pieces for matrix in layout.to_matrices(piece, batch_dims=batch_dims))
@@ -492,6 +539,9 @@ class _Experts(Layout):
         if len(shape) < 3:
             raise self._misfit(shape, "a stack of experts has at least 3 dimensions, [E, ...]")
         return tuple(replace(part, batch=(shape[0], *part.batch)) for part in self.inner.parts(shape[1:]))
+
+    def _cells(self, shape: Shape) -> tuple[tuple[Layout, Shape], ...]:
+        return self.inner.cells(shape[1:]) * shape[0]
 
     def to_matrices(self, tensor: Tensor, *, batch_dims: int = 0) -> tuple[Tensor, ...]:
         return self.inner.to_matrices(tensor, batch_dims=batch_dims + 1)

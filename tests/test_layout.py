@@ -1,13 +1,16 @@
 """Layouts find the matrices of a stored tensor and put them back exactly. Oracle: slicing by hand."""
 
+from collections import Counter
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_symopt import Layout
 from lit_symopt.errors import ConfigError, TaxonomyError
+from lit_symopt.layout import Axis, GateUpOrder, QKVOrder, Stored
 
 # E experts, H heads, h head dimension, I neurons, d features
 E, H, h, I, d = 3, 4, 2, 5, 6  # noqa: E741
@@ -199,3 +202,150 @@ def test_options_outside_the_vocabulary_are_refused() -> None:
         Layout.heads(0)
     with pytest.raises(ConfigError, match="'out_in', 'in_out'"):
         Layout.matrix(stored="rows")  # type: ignore[arg-type]
+
+
+# ---- cells
+
+Laid = tuple[Layout, tuple[int, ...]]
+small = st.integers(1, 3)
+STORED: tuple[Stored, ...] = ("out_in", "in_out")
+AXES: tuple[Axis, ...] = ("rows", "columns")
+BRANCHES: tuple[GateUpOrder, ...] = ("stacked", "interleaved")
+ORDERS: tuple[QKVOrder, ...] = ("stacked", "per_head", "per_group")
+stored = st.sampled_from(STORED)
+
+
+@st.composite
+def two_dimensional(draw: st.DrawFn) -> Laid:
+    """A layout of a matrix or of fused matrices, and a shape that it fits."""
+    kind, at = draw(st.sampled_from(["matrix", "transposed", "heads", "gate_up", "qkv"])), draw(stored)
+    fused, features = draw(small), draw(small)
+    if kind == "heads":
+        count, dim = draw(small), draw(st.sampled_from(AXES))
+        shape = (count * fused, features) if dim == "rows" else (features, count * fused)
+        return Layout.heads(count, dim=dim, stored=at), shape
+    if kind == "gate_up":
+        layout = Layout.gate_up(draw(st.sampled_from(BRANCHES)), pairs=draw(st.booleans()), stored=at)
+        fused *= 2
+    elif kind == "qkv":
+        order, kv = draw(st.sampled_from(ORDERS)), draw(small)
+        q, head_dim = kv * (1 if order == "per_head" else draw(small)), fused
+        layout = Layout.qkv(q, kv, head_dim, order=order, whole=draw(st.booleans()), stored=at)
+        fused = (q + 2 * kv) * head_dim
+    else:
+        layout = Layout.matrix(stored=at) if kind == "matrix" else Layout.transposed(stored=at)
+    return layout, ((fused, features) if at == "out_in" else (features, fused))
+
+
+@st.composite
+def split(draw: st.DrawFn) -> Laid:
+    """Pieces along rows or columns; each is one matrix or anything that has as many columns or rows as the first."""
+    first, shape = draw(two_dimensional())
+    dim = draw(st.sampled_from(AXES))
+    pieces, sizes = [first], [shape[0] if dim == "rows" else shape[1]]
+    for _ in range(draw(st.integers(0, 2))):
+        pieces.append(draw(st.sampled_from([first, Layout.matrix(), Layout.transposed(stored="in_out")])))
+        sizes.append(sizes[0])
+    shape = (sum(sizes), shape[1]) if dim == "rows" else (shape[0], sum(sizes))
+    return Layout.split(sizes, dim=dim, inner=pieces), shape
+
+
+@st.composite
+def laid_out(draw: st.DrawFn) -> Laid:
+    """Any layout with a shape that it fits, nested as deep as the constructors allow."""
+    kind = draw(st.sampled_from(["plain", "split", "column", "row", "flatten"]))
+    if kind == "plain":
+        layout, shape = draw(two_dimensional())
+    elif kind == "split":
+        layout, shape = draw(split())
+    elif kind == "flatten":
+        layout, shape = Layout.flatten(stored=draw(stored)), (draw(small), draw(small), draw(small))
+    else:
+        layout = Layout.column() if kind == "column" else Layout.row()
+        shape = tuple(draw(st.lists(small, min_size=2, max_size=3)))
+    for _ in range(draw(st.integers(0, 2))):
+        layout, shape = Layout.experts(layout), (draw(st.integers(0, 3)), *shape)
+    return layout, shape
+
+
+def counted(layout: Layout, shape: tuple[int, ...]) -> Counter[tuple[int, int, int, int]]:
+    """How many matrices of each kind (m, n, fan_out, fan_in)."""
+    kinds: Counter[tuple[int, int, int, int]] = Counter()
+    for part in layout.parts(shape):
+        kinds[part.m, part.n, part.fan_out, part.fan_in] += part.count
+    return +kinds
+
+
+def one_by_one(layout: Layout, tensor: Tensor) -> list[Tensor]:
+    """Every matrix of a tensor, in the order of the layout."""
+    return [m for batch in layout.to_matrices(tensor) for m in batch.reshape(-1, *batch.shape[-2:])]
+
+
+def check_cells(layout: Layout, shape: tuple[int, ...]) -> None:
+    cells, tensor = layout.cells(shape), numbered(*shape)
+    sizes = [torch.Size(piece).numel() for _, piece in cells]
+    assert sum(sizes) == tensor.numel()
+    stretches = [stretch.view(piece) for (_, piece), stretch in zip(cells, tensor.flatten().split(sizes), strict=True)]
+    kinds = sum((counted(cell, piece) for cell, piece in cells), Counter[tuple[int, int, int, int]]())
+    assert kinds == counted(layout, shape)
+
+    whole = one_by_one(layout, tensor)
+    parts = [m for (cell, _), stretch in zip(cells, stretches, strict=True) for m in one_by_one(cell, stretch)]
+    if len(layout.parts(shape)) > 1:  # a stack of several parts comes part by part, its cells expert by expert
+        whole, parts = (sorted(matrices, key=lambda m: float(m.flatten()[0])) for matrices in (whole, parts))
+    assert len(parts) == len(whole)
+    for part, matrix in zip(parts, whole, strict=True):
+        assert torch.equal(part, matrix)
+    # A cell is one contiguous stretch because it cannot be cut further.
+    assert all(cell.cells(piece) == ((cell, piece),) for cell, piece in cells)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cells_of_every_known_storage_are_stretches_that_hold_its_matrices(name: str) -> None:
+    check_cells(*CASES[name])
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(case=laid_out())
+def test_the_cells_of_any_layout_are_stretches_that_hold_its_matrices(case: Laid) -> None:
+    check_cells(*case)
+
+
+CELLS = {
+    "matrix": 1,
+    "transposed": 1,
+    "heads rows": H,
+    "heads columns": 1,
+    "gate_up stacked": 2,
+    "gate_up interleaved": 1,
+    "gate_up stacked pairs": 1,
+    "gate_up in_out stacked": 1,
+    "qkv stacked": 8,
+    "qkv stacked whole": 3,
+    "qkv per_group": 8,
+    "qkv per_group whole": 1,
+    "qkv in_out": 1,
+    "split rows": 2,
+    "split columns": 1,
+    "flatten": 1,
+    "column": 1,
+    "olmoe": 2 * E,
+    "olmoe pairs": E,
+    "gpt-oss": E,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), CELLS.items())
+def test_what_lies_alone_in_storage_is_a_cell_of_its_own(name: str, count: int) -> None:
+    layout, shape = CASES[name]
+    assert len(layout.cells(shape)) == count
+
+
+def test_a_single_group_of_heads_lies_as_if_stacked() -> None:
+    layout = Layout.qkv(4, 1, h, order="per_group", whole=True)
+    assert [shape for _, shape in layout.cells((6 * h, d))] == [(4 * h, d), (h, d), (h, d)]
+
+
+def test_the_cells_of_a_layout_that_does_not_fit_say_why() -> None:
+    with pytest.raises(TaxonomyError, match="6 rows are not divisible by 4 heads"):
+        Layout.experts(Layout.heads(4)).cells((2, 6, 8))

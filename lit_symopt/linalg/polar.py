@@ -28,6 +28,9 @@ iteration on the matrix (see the record), and those of `bf16` on an accelerator.
 σ ≥ 1e-2 σ₁ come out with singular values in [0.8, 1.05]; smaller ones come out smaller, which is why the error grows
 with the spread.
 
+Of a matrix whose rows lie in several places the same Gram matrix is added up, and every place multiplies its rows by
+the root: `eigh` and `iteration` can do that, where the smaller side are the columns.
+
 There is no float32 matrix product in any of these methods, so TF32 cannot enter a Gram matrix. Only `svd` and `eigh`
 synchronize with the host on an accelerator.
 """
@@ -43,9 +46,13 @@ from lit_symopt.errors import ConfigError
 from lit_symopt.linalg.coefficients import polar_express
 from lit_symopt.linalg.decompose import inverse_root_eigh, inverse_root_svd
 from lit_symopt.linalg.newton_schulz import inverse_root_iteration, iterate
+from lit_symopt.linalg.rows import WHOLE, Rows
 
 Precision = Literal["exact", "fp32", "bf16", "auto"]
 Method = Literal["svd", "eigh", "iteration", "bf16"]
+
+GRAM_METHODS: tuple[Method, ...] = ("eigh", "iteration")
+"""The methods that look at the Gram matrix alone, and so work on row shards."""
 
 DECOMPOSE_UP_TO = 256
 """Side of the largest Gram matrix that is decomposed on an accelerator, where decompositions are slow."""
@@ -57,7 +64,9 @@ _BF16_STEPS = 5
 
 
 @torch.no_grad()
-def polar(x: Tensor, *, precision: Precision = "auto", as_dtype: torch.dtype | None = None) -> Tensor:
+def polar(
+    x: Tensor, *, precision: Precision = "auto", as_dtype: torch.dtype | None = None, rows: Rows = WHOLE
+) -> Tensor:
     """The polar factor of each matrix of `x` [..., m, n]: same shape, same dtype; `x` is not written.
 
     Invariant to the scale of `x`; a zero matrix gives zeros, one with an entry that is not finite gives NaN.
@@ -67,9 +76,12 @@ def polar(x: Tensor, *, precision: Precision = "auto", as_dtype: torch.dtype | N
         precision: see the table of the module.
         as_dtype: compute `x` as if it were of this dtype. A float64 intermediate that stems from float32 data needs the
             promises of float32 only.
+        rows: where the rows of each matrix lie. Shards exchange the upper triangle of one Gram matrix.
 
     Raises:
-        ConfigError: for an unknown precision, and for what is not a batch of real matrices.
+        ConfigError: for an unknown precision, for what is not a batch of real matrices, and for row shards of which a
+            Gram matrix is not enough: `exact` and `bf16` need the whole matrix, and so does one with more columns than
+            rows.
 
     >>> polar(torch.tensor([[0.0, 1e-20], [-3e-21, 0.0]]))
     tensor([[ 0.,  1.],
@@ -77,9 +89,15 @@ def polar(x: Tensor, *, precision: Precision = "auto", as_dtype: torch.dtype | N
     """
     if x.ndim < 2 or not x.is_floating_point():
         raise ConfigError(f"polar needs real matrices [..., m, n], got {x.dtype} of shape {tuple(x.shape)}")
-    side = min(x.shape[-2:])
-    method = method_for(precision, dtype=as_dtype or x.dtype, device_type=x.device.type, side=side)
-    return polar_by(method, x)
+    m, n = rows.count(x), x.shape[-1]
+    method = method_for(precision, dtype=as_dtype or x.dtype, device_type=x.device.type, side=min(m, n))
+    if not rows.whole and (method not in GRAM_METHODS or n > m):
+        raise ConfigError(
+            f"row shards give the polar factor of an m x n matrix through its n x n Gram matrix, for n <= m and the "
+            f"methods {' and '.join(GRAM_METHODS)}, not of {m} x {n} by {method!r} (precision {precision!r}, "
+            f"{as_dtype or x.dtype} on {x.device.type}); put the matrix together, or choose precision 'fp32'"
+        )
+    return polar_by(method, x, rows=rows)
 
 
 def method_for(precision: Precision, *, dtype: torch.dtype, device_type: str, side: int) -> Method:
@@ -93,10 +111,15 @@ def method_for(precision: Precision, *, dtype: torch.dtype, device_type: str, si
     return "eigh" if device_type == "cpu" or side <= DECOMPOSE_UP_TO else "iteration"
 
 
-def polar_by(method: Method, x: Tensor) -> Tensor:
-    """The polar factor of each matrix of `x` [..., m, n] by a given method, through the smaller side."""
-    if x.numel() == 0:
+def polar_by(method: Method, x: Tensor, *, rows: Rows = WHOLE) -> Tensor:
+    """The polar factor of each matrix of `x` [..., m, n] by a given method, through the smaller side.
+
+    Row shards take one of `GRAM_METHODS`, and the side of the columns.
+    """
+    if rows.empty(x):
         return torch.empty_like(x)
+    if not rows.whole:
+        return _polar_of_shards(method, x, rows)
     if x.shape[-2] < x.shape[-1]:
         return _polar_of_tall(method, x.mT).mT.contiguous()
     return _polar_of_tall(method, x)
@@ -117,6 +140,18 @@ def inverse_root(gram: Tensor) -> Tensor:
     side = gram.shape[-1]
     method = method_for("fp32", dtype=torch.float32, device_type=gram.device.type, side=side)
     return inverse_root_eigh(gram) if method == "eigh" else inverse_root_iteration(gram)
+
+
+def _polar_of_shards(method: Method, x: Tensor, rows: Rows) -> Tensor:
+    work = x.to(torch.float64)
+    # Squares of float32 numbers fit float64, so the peak of all rows need not be known before the Gram matrix is.
+    gram = rows.gram(work)
+    top = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1, keepdim=True).unsqueeze(-1)  # the largest column, squared
+    finite = top.isfinite()
+    unit = torch.where(finite & (top > 0), top, 1)
+    gram = torch.where(finite, gram / unit, 0)
+    root = inverse_root_eigh(gram) if method == "eigh" else inverse_root_iteration(gram)
+    return rows.keep(torch.where(finite, work / unit.sqrt() @ root, torch.nan).to(x.dtype))
 
 
 def _polar_of_tall(method: Method, x: Tensor) -> Tensor:

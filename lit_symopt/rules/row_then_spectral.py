@@ -5,6 +5,8 @@ r"""Rows to norm one, then singular values to one.
 The row scaling takes the magnitudes of the units out before the spectrum is flattened, so that a rare unit has the same
 say as a frequent one: S_m × O(n). Row scaling leaves the quotient by the shift, hence the projection in the middle.
 
+Row shards add up 1 number with δ > 0, n for the projection in the middle, and the n(n+1)/2 of a Gram matrix.
+
 Source: Lau and Su 2026, arXiv:2605.18106 (hybrid rules).
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_symopt.linalg import Precision, polar
+from lit_symopt.linalg import WHOLE, Precision, Rows, polar
 from lit_symopt.rules.centering import on_quotient, project
 from lit_symopt.rules.row_norm import unit_rows
 from lit_symopt.rules.rule import SPECTRAL_SCALES, Rule
@@ -25,6 +27,7 @@ def row_then_spectral(
     precision: Precision = "auto",
     eps: float = 1e-8,
     row_damping: float = 0.0,
+    rows: Rows = WHOLE,
 ) -> Tensor:
     """polar(D(M) M) for `momentum` [..., m, n].
 
@@ -35,10 +38,12 @@ def row_then_spectral(
     """
 
     def rule(x: Tensor) -> Tensor:
-        rows = unit_rows(x, eps=eps, damping=row_damping)
-        return polar(project(rows) if centered else rows, precision=precision, as_dtype=momentum.dtype)
+        units = unit_rows(x, eps=eps, damping=row_damping, rows=rows, dtype=momentum.dtype)
+        if centered:
+            units = project(units, rows=rows, dtype=momentum.dtype)
+        return polar(units, precision=precision, as_dtype=momentum.dtype, rows=rows)
 
-    return on_quotient(rule, momentum, centered=centered, precision=precision)
+    return on_quotient(rule, momentum, centered=centered, precision=precision, rows=rows)
 
 
 RULE = Rule(

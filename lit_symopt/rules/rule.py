@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from lit_symopt.linalg import Precision
+from lit_symopt.linalg import WHOLE, Precision, Rows
 
 Scale = Literal["none", "spectral", "aspect", "rms", "row_rms", "inverse_fan_in", "nuclear", "row_nuclear"]
 Kind = Literal["spectral", "row", "coordinate"]
@@ -17,7 +17,10 @@ ROW_SCALES: frozenset[Scale] = frozenset({"none", "rms", "row_rms", "nuclear"})
 
 
 class RuleFunction(Protocol):
-    """momentum [..., m, n] → update [..., m, n], same dtype; pure: the momentum is never written."""
+    """momentum [..., m, n] → update [..., m, n], same dtype; pure: the momentum is never written.
+
+    `rows` says where the rows of each matrix lie: with row shards [K, k, n], the update of the rows that are here.
+    """
 
     def __call__(
         self,
@@ -27,6 +30,7 @@ class RuleFunction(Protocol):
         precision: Precision = "auto",
         eps: float = 1e-8,
         row_damping: float = 0.0,
+        rows: Rows = WHOLE,
     ) -> Tensor: ...
 
 

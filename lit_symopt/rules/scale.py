@@ -13,7 +13,8 @@ r"""How long a step is, apart from the learning rate.
 
 Here m × n is the matrix whose rows are units, fan_out × fan_in the matrix as a linear map. A polar factor of full rank
 has Frobenius norm √min(m, n), so `rms` makes the root mean square of an entry 0.2, about that of an AdamW update; it is
-analytic, never measured, so a low-rank momentum gives a smaller step.
+analytic, never measured, so a low-rank momentum gives a smaller step. Row shards add up 1 number for a nuclear scale,
+and for `row_nuclear` what its D(M) M takes; the others are the same on every rank anyway.
 
 Sources: `spectral` Jordan et al. 2024 (Muon); `aspect`, `row_rms` and `inverse_fan_in` Pethick et al. 2025,
 arXiv:2502.07529 (Scion: its norms for hidden layers, one-hot inputs and the last layer); `rms` Liu et al. 2025,
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
+from lit_symopt.linalg import WHOLE, Rows
 from lit_symopt.rules.centering import project
 from lit_symopt.rules.row_norm import unit_rows
 from lit_symopt.rules.rule import Rule
@@ -67,10 +69,12 @@ def scale_factor(
     centered: bool = False,
     eps: float = 1e-8,
     row_damping: float = 0.0,
+    rows: Rows = WHOLE,
 ) -> float | Tensor:
     """The factor of `update` [..., m, n]: a number, or for a nuclear scale a tensor [..., 1, 1], one number a matrix.
 
-    `centered`, `eps` and `row_damping` are those of the rule; only `row_nuclear` asks for them.
+    `centered`, `eps` and `row_damping` are those of the rule; only `row_nuclear` asks for them. `rows` says where the
+    rows of each matrix lie: the factor is that of the whole matrix on every rank.
 
     Raises `ConfigError` for a scale that makes no sense after `rule`.
 
@@ -82,8 +86,8 @@ def scale_factor(
     tensor([[6.]])
     """
     validate_scale(scale, rule=rule)
-    m, n = update.shape[-2:]
-    if scale == "none" or update.numel() == 0:
+    m, n = rows.count(update), update.shape[-1]
+    if scale == "none" or rows.empty(update):
         return 1.0
     if scale == "spectral":
         return math.sqrt(max(1.0, fan_out / fan_in))
@@ -97,12 +101,13 @@ def scale_factor(
         return 1 / fan_in
     if scale == "row_nuclear":
         # U is the polar factor of the scaled rows, up to the last projection, which they are orthogonal to anyway.
-        rows = project(momentum) if centered else momentum
-        momentum = unit_rows(rows, eps=eps, damping=row_damping)
-    return nuclear_norm(momentum, update).pow(alpha).to(update.dtype)
+        projected = project(momentum, rows=rows) if centered else momentum
+        momentum = unit_rows(projected, eps=eps, damping=row_damping, rows=rows)
+    return nuclear_norm(momentum, update, rows=rows).pow(alpha).to(update.dtype)
 
 
-def nuclear_norm(momentum: Tensor, update: Tensor) -> Tensor:
+def nuclear_norm(momentum: Tensor, update: Tensor, *, rows: Rows = WHOLE) -> Tensor:
     """ν = max(⟨M, U⟩, 0) of each matrix, float64 [..., 1, 1]; for U = polar(M) it is the nuclear norm of M."""
     # No entry of U exceeds one, so the products cannot overflow; their sum could, in less than float64.
-    return torch.sum(momentum * update, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp(min=0)
+    here = torch.sum(rows.keep(momentum * update), dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return rows.total(here).clamp(min=0)

@@ -3,14 +3,14 @@ r"""The momentum itself.
     U = M
 
 Commutes with every rotation, O(m) × O(n), because it does nothing: the baseline of all rules, and the only one whose
-step is not invariant to the scale of the gradient.
+step is not invariant to the scale of the gradient. Row shards add up nothing.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lit_symopt.linalg import Precision
+from lit_symopt.linalg import WHOLE, Precision, Rows
 from lit_symopt.rules.centering import on_quotient
 from lit_symopt.rules.rule import Rule
 
@@ -22,6 +22,7 @@ def sgd(
     precision: Precision = "auto",
     eps: float = 1e-8,
     row_damping: float = 0.0,
+    rows: Rows = WHOLE,
 ) -> Tensor:
     """A copy of `momentum` [..., m, n], or ΠM if `centered`.
 
@@ -30,7 +31,7 @@ def sgd(
     tensor([[-1.],
             [ 1.]])
     """
-    return on_quotient(lambda x: x.clone(), momentum, centered=centered, precision=precision)
+    return on_quotient(lambda x: x.clone(), momentum, centered=centered, precision=precision, rows=rows)
 
 
 RULE = Rule(

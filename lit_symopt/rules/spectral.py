@@ -8,6 +8,8 @@ S_V × O(d), E × E for S_E × O(d)), which is the side a sharded update exchang
 always taken: its Gram matrix is accumulated and inverted in float64, so the larger, singular one could not be more
 accurate, only slower.
 
+Row shards add up the n(n+1)/2 numbers of the Gram matrix of the columns.
+
 Sources: Jordan et al. 2024 (Muon), https://kellerjordan.github.io/posts/muon/; Lau and Su 2026, arXiv:2605.18106.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_symopt.linalg import Precision, polar
+from lit_symopt.linalg import WHOLE, Precision, Rows, polar
 from lit_symopt.rules.centering import on_quotient
 from lit_symopt.rules.rule import SPECTRAL_SCALES, Rule
 
@@ -27,6 +29,7 @@ def spectral(
     precision: Precision = "auto",
     eps: float = 1e-8,
     row_damping: float = 0.0,
+    rows: Rows = WHOLE,
 ) -> Tensor:
     """polar(M) for `momentum` [..., m, n], or Π polar(ΠM) if `centered`. `eps` and `row_damping` have no meaning here.
 
@@ -36,10 +39,11 @@ def spectral(
             [-1.,  0.]])
     """
     return on_quotient(
-        lambda x: polar(x, precision=precision, as_dtype=momentum.dtype),
+        lambda x: polar(x, precision=precision, as_dtype=momentum.dtype, rows=rows),
         momentum,
         centered=centered,
         precision=precision,
+        rows=rows,
     )
 
 
