@@ -13,7 +13,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from pkgutil import resolve_name
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_symopt.errors import TaxonomyError
 from lit_symopt.layout import Layout, Part
@@ -276,7 +276,7 @@ class BlockTaxonomy:
         for names, parameter in parameters:
             if not parameter.requires_grad:
                 continue
-            shape = _shape(parameter)
+            shape = shape_of(parameter)
             claims = [block for block in self.blocks if block.matches(names)]
             label = f"{' = '.join(map(repr, names))} {shape}"
             if not claims:
@@ -300,7 +300,7 @@ class BlockTaxonomy:
 
     def frozen(self, module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of every parameter that `assign` skips because it does not require a gradient."""
-        return [(names[0], _shape(p)) for names, p in _parameters(module) if not p.requires_grad]
+        return [(names[0], shape_of(p)) for names, p in _parameters(module) if not p.requires_grad]
 
     @staticmethod
     def of(module: nn.Module) -> BlockTaxonomy:
@@ -379,6 +379,7 @@ def _parameters(module: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]
     return [(tuple(known), parameter) for parameter, known in names.items()]
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter, wherever its parts lie."""
     # DeepSpeed's ZeRO 3 leaves an empty tensor in place of the parameter and keeps its shape beside it.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

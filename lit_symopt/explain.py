@@ -6,10 +6,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
+from lit_symopt.layout import Shape
 from lit_symopt.rules import get_rule, scale_factor
 from lit_symopt.rules.scale import NUCLEAR
 
@@ -19,36 +19,41 @@ if TYPE_CHECKING:
 
 def explain(optimizer: SymOpt, name: str) -> str:
     """The text behind `SymOpt.explain`."""
-    known: dict[str, tuple[dict[str, Any], Tensor]] = {
-        parameter_name: (group, parameter)
+    known: dict[str, tuple[dict[str, Any], Shape]] = {
+        parameter_name: (group, tuple(shape))
         for group in optimizer.param_groups
-        for parameter_name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for parameter_name, shape in zip(group["param_names"], group["shapes"], strict=True)
     }
     if name not in known:
         near = get_close_matches(name, known, n=3, cutoff=0.0)
         raise ConfigError(f"no parameter is called {name!r}; the nearest are {', '.join(map(repr, near))}")
-    group, parameter = known[name]
+    group, shape = known[name]
     rule = get_rule(group["rule"])
     lines = [
-        f"{name} {list(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}",
+        f"{name} {list(shape)}{_dtype(group)}",
         f"  role      {group['role']}" + (f", symmetry {group['symmetry']}" if group["symmetry"] else ""),
         f"  rule      {rule.name}: {rule.equation}{_damping(group)}; commutes with {rule.group}",
-        f"  matrices  {_matrices(group, parameter)}",
+        f"  matrices  {_matrices(group, shape)}",
         f"  centered  {_centering(group)}",
         f"  momentum  {_momentum(group)}",
-        f"  step      {_step(group, parameter)}",
+        f"  step      {_step(group, shape)}",
         f"  source    {rule.source}",
     ]
     return "\n".join(lines)
+
+
+def _dtype(group: dict[str, Any]) -> str:
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in group["params"]}
+    return f" {dtypes.pop()}" if len(dtypes) == 1 else ""
 
 
 def _damping(group: dict[str, Any]) -> str:
     return f" with row damping {group['row_damping']:g}" if group["row_damping"] else ""
 
 
-def _matrices(group: dict[str, Any], parameter: Tensor) -> str:
-    layout = layout_of(group, parameter)
-    parts = ", ".join(f"{part.count} of {part.m} × {part.n}" for part in layout.parts(parameter.shape))
+def _matrices(group: dict[str, Any], shape: Shape) -> str:
+    layout = layout_of(group, shape)
+    parts = ", ".join(f"{part.count} of {part.m} × {part.n}" for part in layout.parts(shape))
     return f"{parts} (units × features), stored as {layout}"
 
 
@@ -74,24 +79,24 @@ def _momentum(group: dict[str, Any]) -> str:
     return f"{group['momentum_kind']} with β = {group['momentum']}, one number of state an element"
 
 
-def _step(group: dict[str, Any], parameter: Tensor) -> str:
+def _step(group: dict[str, Any], shape: Shape) -> str:
     lr, decay = group["lr"], group["weight_decay"]
     factors = [f"{lr:g}"]
     factors += [f"{group['radius']:g}"] if group["radius"] != 1.0 else []
-    factors += [_scale(group, parameter)] if group["scale"] != "none" else []
+    factors += [_scale(group, shape)] if group["scale"] != "none" else []
     kept = f"(1 − {lr:g}·{decay:g}) W" if decay else "W"
     return f"W ← {kept} − {' · '.join(factors)} · U"
 
 
-def _scale(group: dict[str, Any], parameter: Tensor) -> str:
+def _scale(group: dict[str, Any], shape: Shape) -> str:
     if group["scale"] in NUCLEAR:
         size = "⟨M, U⟩" if group["scale"] == "nuclear" else "‖D(M) M‖_*"
         return f"{size}^{1.0 if group['alpha'] is None else group['alpha']:g}"
     rule, numbers = get_rule(group["rule"]), []
-    for part in layout_of(group, parameter).parts(parameter.shape):
-        shape = torch.empty(part.m, part.n, device="meta")
+    for part in layout_of(group, shape).parts(shape):
+        matrix = torch.empty(part.m, part.n, device="meta")
         factor = scale_factor(
-            group["scale"], rule=rule, momentum=shape, update=shape, fan_out=part.fan_out, fan_in=part.fan_in
+            group["scale"], rule=rule, momentum=matrix, update=matrix, fan_out=part.fan_out, fan_in=part.fan_in
         )
         numbers.append(f"{float(factor):.3g}")
     return f"{' or '.join(dict.fromkeys(numbers))} (scale {group['scale']})"

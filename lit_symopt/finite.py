@@ -7,7 +7,7 @@ step or check that finds the flag already copied to the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,8 +27,15 @@ class FiniteCheck:
         self.defer = defer
         self._pending: list[tuple[list[str], Tensor, torch.Event | None]] = []
 
-    def admit(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Tensor | None:
+    def admit(
+        self, names: Sequence[str], gradients: Sequence[Tensor], *, agree: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor | None:
         """A boolean scalar on the device, true if the step may be taken; `None` if that is already certain.
+
+        Args:
+            names: of the blocks.
+            gradients: one for each name, or this process's part of it.
+            agree: makes flags that are set (1) on any process set on all; default: there is one process.
 
         Raises:
             GradientError: naming the blocks whose gradients are not finite, of this step or of an earlier one.
@@ -37,11 +44,14 @@ class FiniteCheck:
         if not gradients:
             return None
         # The maximum norm carries inf and NaN along and, unlike a sum of squares, cannot overflow by itself.
-        norms = torch._foreach_norm(list(gradients), float("inf"))
+        # Of an empty part there is no maximum; a zero in its place is as finite.
+        norms = torch._foreach_norm([part if part.numel() else part.new_zeros(1) for part in gradients], float("inf"))
         device, dtype = norms[0].device, norms[0].dtype
         if any(norm.device != device or norm.dtype != dtype for norm in norms):
             norms = tuple(norm.to(device, torch.float64, non_blocking=True) for norm in norms)
         finite = torch.isfinite(torch.stack(norms))
+        if agree is not None:
+            finite = agree((~finite).to(torch.uint8)) == 0
         defer = device.type != "cpu" if self.defer is None else self.defer
         if not defer:
             _raise_for(names, finite)

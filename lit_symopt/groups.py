@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from lit_symopt.blocks import shape_of
 from lit_symopt.errors import ConfigError
 from lit_symopt.layout import Layout
 from lit_symopt.rules import get_rule, validate_scale
@@ -45,7 +44,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
         TaxonomyError: if the layout does not fit a parameter.
     """
     where = f"group {group['name']!r}"
-    unknown = sorted(set(group) - set(DEFAULTS) - {"params", "param_names", "initial_lr"})
+    unknown = sorted(set(group) - set(DEFAULTS) - {"params", "param_names", "shapes", "initial_lr"})
     if unknown:
         raise ConfigError(f"{where}: unknown key(s) {', '.join(map(repr, unknown))}; known: {', '.join(DEFAULTS)}")
     if group["rule"] is None:
@@ -76,15 +75,10 @@ def validate_group(group: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{where}: complex parameters have no update here; view them as real (torch.view_as_real)"
             )
-        if hasattr(parameter, "device_mesh"):
-            raise ConfigError(
-                f"{where}: a parameter is sharded (DTensor), and no matrix of it is whole on any rank. "
-                f"FSDP2 and tensor parallelism are not supported yet; use one device or DDP."
-            )
-        layout_of(group, parameter).parts(parameter.shape)
+        layout_of(group, shape_of(parameter)).parts(shape_of(parameter))
 
 
-def layout_of(group: Mapping[str, Any], parameter: Tensor) -> Layout:
+def layout_of(group: Mapping[str, Any], shape: Sequence[int]) -> Layout:
     """The group's layout; without one, a matrix is one matrix and any other tensor, for coordinate rules, a column.
 
     Raises:
@@ -92,12 +86,12 @@ def layout_of(group: Mapping[str, Any], parameter: Tensor) -> Layout:
     """
     if group["layout"] is not None:
         return group["layout"]  # type: ignore[no-any-return]
-    if parameter.ndim == 2:
+    if len(shape) == 2:
         return Layout.matrix()
     if get_rule(group["rule"]).kind != "coordinate":
         raise ConfigError(
             f"group {group['name']!r}: the rule {group['rule']!r} acts on matrices, and a parameter of shape "
-            f"{tuple(parameter.shape)} is none. Say what it holds (Layout.experts(), Layout.flatten(), ...), "
+            f"{tuple(shape)} is none. Say what it holds (Layout.experts(), Layout.flatten(), ...), "
             f"or use the rule 'adamw'."
         )
     return Layout.column()

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lit_symopt.blocks import Block, BlockTaxonomy
+from lit_symopt.blocks import Block, BlockTaxonomy, shape_of
 from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import CheckpointError, ConfigError, GradientError
 from lit_symopt.explain import explain
 from lit_symopt.finite import FiniteCheck, undone_unless
 from lit_symopt.groups import DEFAULTS, MEANING, validate_group
 from lit_symopt.stacks import settings_for
-from lit_symopt.update import Member, make_state, update
+from lit_symopt.update import Member, local_part, make_state, update
+
+if TYPE_CHECKING:
+    from lit_symopt.sharding.report import PlanReport
+    from lit_symopt.sharding.step import DistributedStep
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -65,6 +69,7 @@ class SymOpt(torch.optim.Optimizer):
         """Everything that is not state: made anew by construction, copying and unpickling."""
         self._finite = FiniteCheck()
         self._versions: dict[Tensor, int] = {}
+        self._distributed: DistributedStep | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -100,6 +105,8 @@ class SymOpt(torch.optim.Optimizer):
         name = param_group.get("name") or f"group{len(self.param_groups)}"
         super().add_param_group({**param_group, "name": name, "params": _named(param_group["params"], name)})
         group = self.param_groups[-1]
+        # A strategy may put other tensors in the place of the parameters: what they were is kept.
+        group["shapes"] = [list(shape_of(parameter)) for parameter in group["params"]]
         try:
             names = [other["name"] for other in self.param_groups]
             if names.count(group["name"]) > 1:
@@ -127,6 +134,9 @@ class SymOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found = self._with_gradients()
+        if self._distributed is not None:
+            self._distributed_step(self._distributed, found)
+            return loss
         admitted = self._finite.admit([name for name, _, _ in found], [_gradient(p) for _, p, _ in found])
         members = [self._member(name, parameter, group) for name, parameter, group in found]
         for bucket in self._buckets(members):
@@ -139,6 +149,41 @@ class SymOpt(torch.optim.Optimizer):
         """Wait for the device and raise the error of a step that met a non-finite gradient, if one did."""
         self._finite.raise_pending()
 
+    def attach(self, to: object = None) -> SymOpt:
+        """Follow a strategy that has distributed the parameters, so that every update is that of the whole blocks.
+
+        Args:
+            to: the `DeepSpeedEngine` that `deepspeed.initialize` returned; a `torch.distributed.ProcessGroup` whose
+                ranks hold copies of all parameters (DDP) and are to share the work; `None` looks for the parameters of
+                FSDP2 (`DTensor`), which the first step does by itself.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ConfigError: for a strategy that is not supported, by name, or if the ranks have different groups.
+        """
+        from lit_symopt.sharding.attach import distribution_for
+        from lit_symopt.sharding.step import DistributedStep
+
+        distribution = distribution_for(self, to)
+        self._distributed = None if distribution is None else DistributedStep(distribution, self.param_groups)
+        return self
+
+    def plan_report(self) -> PlanReport:
+        """What one step sends between processes and computes on each, by role; print it, or read its fields.
+
+        Raises:
+            ConfigError: if the optimizer is attached to no strategy.
+        """
+        self._find_strategy()
+        if self._distributed is None:
+            raise ConfigError(
+                "the optimizer is attached to no strategy: on one device nothing moves. Under DDP call "
+                "attach(process_group), under DeepSpeed attach(engine), with the mixin the Trainer does it."
+            )
+        return self._distributed.report()
+
     def explain(self, name: str) -> str:
         """What the parameter of that name gets, and why.
 
@@ -150,14 +195,63 @@ class SymOpt(torch.optim.Optimizer):
     # -- a step's parts ------------------------------------------------------------------------------------------
 
     def _with_gradients(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        """Name, parameter and group of everything that a step updates; makes no state."""
+        """Name, tensor and group of everything that a step updates; makes no state."""
+        self._find_strategy()
         found = []
         for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for name, parameter in self._held(group):
                 if parameter.grad is not None and parameter.numel() > 0:
                     _refuse_unusable(name, parameter.grad)
                     found.append((name, parameter, group))
         return found
+
+    def _held(self, group: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:
+        """What the optimizer holds for a group: its parameters, or what a strategy has put in their place."""
+        if self._distributed is not None:
+            return [(self._distributed.holding(tensor).key, tensor) for tensor in group["params"]]
+        names, shapes = group["param_names"], [tuple(tensor.shape) for tensor in group["params"]]
+        if shapes != [tuple(shape) for shape in group["shapes"]]:
+            raise ConfigError(
+                f"group {group['name']!r} was built over {len(names)} parameter(s), {names[:3]}..., and holds "
+                f"tensors of shapes {shapes[:3]} now: a strategy has put partitions in their place, of which a matrix "
+                "rule would see no whole matrix. After deepspeed.initialize call attach(engine) on the optimizer; with "
+                "SymOptMixin the Trainer does it, and lit_symopt.AttachOptimizer is the callback for other modules."
+            )
+        return zip(names, group["params"], strict=True)
+
+    def _find_strategy(self) -> None:
+        """Attach to FSDP2, which needs no call: its parameters say that they are distributed."""
+        if self._distributed is None and any(
+            hasattr(parameter, "device_mesh") for group in self.param_groups for parameter in group["params"]
+        ):
+            self.attach()
+
+    def _distributed_step(self, step: DistributedStep, found: list[tuple[str, Tensor, dict[str, Any]]]) -> None:
+        admitted = self._agreed(step, found)
+        members = [self._member(name, parameter, group) for name, parameter, group in found]
+        for member in members:
+            make_state(member)
+        step([(step.holding(member.parameter), member) for member in members], admitted)
+        self._remember_versions(members)
+
+    def _agreed(self, step: DistributedStep, found: list[tuple[str, Tensor, dict[str, Any]]]) -> Tensor | None:
+        """Whether all ranks take the step; raises on all of them alike if not."""
+        known = step.distribution.finite()
+        if known:
+            return None
+        if known is None:
+            gradients = [local_part(_gradient(parameter)) for _, parameter, _ in found]
+            return self._finite.admit([name for name, _, _ in found], gradients, agree=step.agree)
+        step.distribution.refused()
+        raise GradientError(
+            f"a gradient of this step is not finite ({step.distribution.strategy} says so of all ranks). No weight and "
+            "no state was changed. Look at the loss of this batch; lower the learning rate or clip gradients if it "
+            "grew."
+        )
+
+    def make_state(self, tensor: Tensor, group: dict[str, Any]) -> None:
+        """Create the state of a held tensor before the first step, as strategies need that save or offload it."""
+        make_state(Member(group["name"], tensor, self._weight(tensor, group), tensor, group, self.state[tensor]))
 
     def _member(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Member:
         """A parameter with its arithmetic dtype, and its master if it needs one."""
@@ -175,7 +269,7 @@ class SymOpt(torch.optim.Optimizer):
         master: Tensor | None = self.state[parameter].get("master")
         if master is None:
             master = self.state[parameter]["master"] = parameter.float()
-        elif self._versions.get(parameter) != parameter._version:
+        elif self._versions.get(parameter) != local_part(parameter)._version:
             # Somebody wrote the parameter since (loaded weights, say): what they wrote wins over the master.
             master.copy_(torch.where(master.to(parameter.dtype) == parameter, master, parameter.float()))
         return master
@@ -183,7 +277,7 @@ class SymOpt(torch.optim.Optimizer):
     def _remember_versions(self, members: Iterable[Member]) -> None:
         for member in members:
             if member.weight is not member.parameter:
-                self._versions[member.parameter] = member.parameter._version
+                self._versions[member.parameter] = local_part(member.parameter)._version
 
     @staticmethod
     def _buckets(members: Iterable[Member]) -> list[list[Member]]:
@@ -196,10 +290,16 @@ class SymOpt(torch.optim.Optimizer):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and Python types, loadable with `weights_only=True`; layouts are kept as text."""
+        """Plain tensors and Python types, loadable with `weights_only=True`; layouts are kept as text.
+
+        Where a strategy has put flat partitions in the place of the parameters, the entry `sharding` says which
+        elements of which parameter this rank's partitions hold.
+        """
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group["layout"] = str(group["layout"])
+        if self._distributed is not None and (described := self._distributed.described()):
+            saved["sharding"] = described
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -213,7 +313,10 @@ class SymOpt(torch.optim.Optimizer):
             {**saved, "layout": own["layout"]}
             for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
         ]
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        distributed = self._distributed
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        if distributed is not None:
+            self._distributed = distributed.over(self.param_groups)
         # torch casts state to its parameter's dtype; fp32 momentum of a bf16 parameter must stay fp32.
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -235,11 +338,7 @@ class SymOpt(torch.optim.Optimizer):
                 for key in MEANING
                 if str(saved[name].get(key)) != str(own[name][key])
             ]
-            if saved[name].get("param_names") != own[name]["param_names"]:
-                there, here = set(saved[name].get("param_names") or ()), set(own[name]["param_names"])
-                differences.append(
-                    f"{name}: only there {sorted(there - here)[:4]}, only here {sorted(here - there)[:4]}"
-                )
+            differences += _different_parameters(name, saved[name], own[name])
         if not differences:
             differences += self._misshapen(state_dict)
         if differences:
@@ -251,11 +350,31 @@ class SymOpt(torch.optim.Optimizer):
     def _misshapen(self, state_dict: dict[str, Any]) -> list[str]:
         wrong = []
         for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, name, parameter in zip(saved["params"], own["param_names"], own["params"], strict=True):
+            if len(saved["params"]) != len(own["params"]):
+                return [
+                    f"{own['name']}: {len(saved['params'])} tensors there and {len(own['params'])} here, as they are "
+                    "cut by another strategy or number of processes (lit-symopt checkpoint consolidate)"
+                ]
+            named = len(own["param_names"]) == len(own["params"])
+            names = own["param_names"] if named else [own["name"]] * len(own["params"])
+            for key, name, parameter in zip(saved["params"], names, own["params"], strict=True):
                 for what, value in state_dict["state"].get(key, {}).items():
                     if what != "step" and value.shape != parameter.shape:
                         wrong.append(f"{name!r}: {what} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
         return wrong
+
+
+def _different_parameters(name: Any, saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """How the parameters of a saved group differ from those of this optimizer's."""
+    if saved.get("param_names") != own["param_names"]:
+        there, here = set(saved.get("param_names") or ()), set(own["param_names"])
+        return [f"{name}: only there {sorted(there - here)[:4]}, only here {sorted(here - there)[:4]}"]
+    shapes = saved.get("shapes") or own["shapes"]  # files of before they were kept
+    return [
+        f"{parameter!r}: shape {tuple(there)} there and {tuple(here)} here"
+        for parameter, there, here in zip(own["param_names"], shapes, own["shapes"], strict=True)
+        if tuple(there) != tuple(here)
+    ]
 
 
 def groups_for(blocks: Iterable[Block], module: nn.Module, config: SymOptConfig) -> list[dict[str, Any]]:

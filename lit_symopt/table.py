@@ -29,8 +29,8 @@ def block_rows(optimizer: SymOpt, frozen: list[tuple[str, tuple[int, ...]]] | No
     rows: dict[tuple[str, tuple[str, ...]], _Row] = {}
     for group in optimizer.param_groups:
         described = (group["role"], group["symmetry"] or "–", group["rule"], "yes" if group["centered"] else "no")
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            cells = (_shape(tuple(parameter.shape)), *described, f"{group['lr']:.3g}")
+        for name, shape in zip(group["param_names"], group["shapes"], strict=True):
+            cells = (_shape(tuple(shape)), *described, f"{group['lr']:.3g}")
             _add(rows, name, cells)
     for name, shape in frozen or []:
         _add(rows, name, (_shape(shape), "frozen", "–", "–", "–", "–"))

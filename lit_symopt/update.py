@@ -7,7 +7,7 @@ number of operations does not grow with the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lit_symopt.errors import ConfigError, TaxonomyError
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout
 from lit_symopt.rules import ema_, get_rule, nesterov_, project, scale_factor
+from lit_symopt.rules.rows import WHOLE, Rows
 
 # Options that decide what a matrix rule computes; lr, weight_decay and radius may differ within a bucket.
 _RULE_OPTIONS = ("rule", "centered", "momentum", "momentum_kind", "scale", "alpha", "eps", "row_damping", "precision")
@@ -47,7 +47,7 @@ class Member:
     def bucket(self) -> Hashable:
         """What members must share to be updated together."""
         group, weight = self.group, self.weight
-        where = (layout_of(group, weight), tuple(weight.shape), weight.dtype, weight.device)
+        where = (layout_of(group, weight.shape), tuple(weight.shape), weight.dtype, weight.device)
         if group["rule"] == "adamw":
             return (
                 "adamw",
@@ -60,9 +60,19 @@ class Member:
             )
         return (*(group[option] for option in _RULE_OPTIONS), *where)
 
+    def written(self) -> list[Tensor]:
+        """The weights that a step writes."""
+        return [self.weight, *([] if self.weight is self.parameter else [self.parameter])]
+
     def touched(self) -> list[Tensor]:
         """Every tensor that a step writes."""
-        return [*self.state.values(), self.weight, *([] if self.weight is self.parameter else [self.parameter])]
+        return [*self.state.values(), *self.written()]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; shares its storage."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def make_state(member: Member) -> None:
@@ -83,18 +93,56 @@ def make_state(member: Member) -> None:
 
 def update(bucket: Sequence[Member]) -> None:
     """Update every member of a bucket in place."""
-    if bucket[0].group["rule"] != "adamw":
-        _matrix_step(bucket)
-    elif bucket[0].group["centered"]:
-        _centered_adamw_step(bucket)
-    else:
-        _adamw_step(bucket, [member.weight for member in bucket], bucket[0].group["weight_decay"])
+    first = bucket[0]
+    if first.group["rule"] == "adamw" and not first.group["centered"]:
+        update_elements(bucket)
+        return
+    layout, shape = layout_of(first.group, first.weight.shape), first.weight.shape
+    stack = torch.stack(directions(bucket))
+    apply(bucket, list(direction_to_update(stack, group=first.group, layout=layout, shape=shape).unbind()))
+
+
+def update_elements(bucket: Sequence[Member]) -> None:
+    """AdamW as it is, element by element: shapes do not matter."""
+    _adamw_step(bucket, [member.weight for member in bucket], bucket[0].group["weight_decay"])
+    _write_back(bucket)
+
+
+def directions(bucket: Sequence[Member]) -> list[Tensor]:
+    """The half of a step before the rule, element by element: state ← gradient; returns what the rule is applied to.
+
+    `M ← momentum(M, G)` returns M, to be read only. Centered AdamW returns its step, −lr·U: what is left to do is its
+    projection off the shift.
+    """
+    first = bucket[0]
+    if first.group["rule"] == "adamw":
+        steps = [torch.zeros_like(member.weight) for member in bucket]
+        _adamw_step(bucket, steps, 0.0)
+        return steps
+    gradients = [member.gradient for member in bucket]
+    if first.group["momentum"] == 0.0:
+        return gradients
+    accumulate = nesterov_ if first.group["momentum_kind"] == "nesterov" else ema_
+    return accumulate([member.state["momentum_buffer"] for member in bucket], gradients, first.group["momentum"])
+
+
+def apply(bucket: Sequence[Member], updates: list[Tensor]) -> None:
+    """The half of a step after the rule, element by element: `W ← (1 − lr·wd) W − lr·radius·scale·U`."""
+    weights, groups = [member.weight for member in bucket], [member.group for member in bucket]
+    torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
+    if groups[0]["rule"] != "adamw":
+        updates = list(torch._foreach_mul(updates, [-group["lr"] * group["radius"] for group in groups]))
+    torch._foreach_add_(weights, updates)
+    _write_back(bucket)
+
+
+def _write_back(bucket: Sequence[Member]) -> None:
     masters = [member for member in bucket if member.weight is not member.parameter]
     if masters:
         torch._foreach_copy_([member.parameter for member in masters], [member.weight for member in masters])
 
 
-def direction_to_update(direction: Tensor, *, group: dict[str, Any], layout: Layout, shape: Sequence[int]) -> Tensor:
+def direction_to_update(direction: Tensor, *, group: Mapping[str, Any], layout: Layout, shape: Sequence[int]) -> Tensor:
     """Rule and scale for a stack of equal parameters.
 
     Args:
@@ -106,53 +154,43 @@ def direction_to_update(direction: Tensor, *, group: dict[str, Any], layout: Lay
     Returns:
         `scale · U`, `[K, *shape]`.
     """
-    rule = get_rule(group["rule"])
-    options = {key: group[key] for key in ("centered", "precision", "eps", "row_damping")}
-    updates = []
-    for part, matrices in zip(layout.parts(shape), layout.to_matrices(direction, batch_dims=1), strict=True):
-        result = rule.function(matrices, **options)
-        factor = scale_factor(
-            group["scale"],
-            rule=rule,
-            momentum=matrices,
-            update=result,
-            fan_out=part.fan_out,
-            fan_in=part.fan_in,
-            alpha=1.0 if group["alpha"] is None else group["alpha"],
-            centered=group["centered"],
-            eps=group["eps"],
-            row_damping=group["row_damping"],
-        )
-        updates.append(result * factor)
+    updates = [
+        matrices_to_update(matrices, options=group, fan_out=part.fan_out, fan_in=part.fan_in)
+        for part, matrices in zip(layout.parts(shape), layout.to_matrices(direction, batch_dims=1), strict=True)
+    ]
     return layout.from_matrices(updates, shape, batch_dims=1)
 
 
-def _matrix_step(bucket: Sequence[Member]) -> None:
-    """`M ← momentum(M, G)`, `W ← (1 − lr·wd) W − lr·radius·scale·U(M)`."""
-    first = bucket[0]
-    directions = [member.gradient for member in bucket]
-    if first.group["momentum"] > 0.0:
-        accumulate = nesterov_ if first.group["momentum_kind"] == "nesterov" else ema_
-        buffers = [member.state["momentum_buffer"] for member in bucket]
-        directions = accumulate(buffers, directions, first.group["momentum"])
-    layout, shape = layout_of(first.group, first.weight), first.weight.shape
-    _refuse_partitions(bucket, layout)
-    updates = direction_to_update(torch.stack(directions), group=first.group, layout=layout, shape=shape)
-    weights, groups = [member.weight for member in bucket], [member.group for member in bucket]
-    torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
-    steps = torch._foreach_mul(list(updates.unbind()), [-group["lr"] * group["radius"] for group in groups])
-    torch._foreach_add_(weights, steps)
+def matrices_to_update(
+    matrices: Tensor, *, options: Mapping[str, Any], fan_out: int, fan_in: int, rows: Rows = WHOLE
+) -> Tensor:
+    """`scale · U` of a batch of matrices `[..., m, n]`; for centered AdamW, whose step they are, its projection.
 
-
-def _refuse_partitions(bucket: Sequence[Member], layout: Layout) -> None:
-    """A layout that fitted when the optimizer was built and no longer does: somebody has flattened the parameters."""
-    try:
-        layout.parts(bucket[0].weight.shape)
-    except TaxonomyError as error:
-        raise ConfigError(
-            f"{bucket[0].name!r} is not the matrix the optimizer was built with ({error}). A strategy such as "
-            f"DeepSpeed ZeRO has put flat partitions in its place, which is not supported yet; use one device or DDP."
-        ) from error
+    Args:
+        matrices: momentum; not written.
+        options: rule, scale and their options, as in a group.
+        fan_out, fan_in: of each matrix as a linear map.
+        rows: where the other rows of the matrices are, if not all are here.
+    """
+    if options["rule"] == "adamw":
+        return project(matrices, rows=rows)
+    rule = get_rule(options["rule"])
+    of_the_rule = {key: options[key] for key in ("centered", "precision", "eps", "row_damping")}
+    update = rule.function(matrices, **of_the_rule, rows=rows)
+    factor = scale_factor(
+        options["scale"],
+        rule=rule,
+        momentum=matrices,
+        update=update,
+        fan_out=fan_out,
+        fan_in=fan_in,
+        alpha=1.0 if options["alpha"] is None else options["alpha"],
+        centered=options["centered"],
+        eps=options["eps"],
+        row_damping=options["row_damping"],
+        rows=rows,
+    )
+    return update * factor
 
 
 def _adamw_step(bucket: Sequence[Member], weights: list[Tensor], weight_decay: float) -> None:
@@ -174,16 +212,3 @@ def _adamw_step(bucket: Sequence[Member], weights: list[Tensor], weight_decay: f
         eps=group["eps"],
         maximize=False,
     )
-
-
-def _centered_adamw_step(bucket: Sequence[Member]) -> None:
-    """AdamW whose step is projected off the shift: `W ← (1 − lr·wd) W − lr·Π U`."""
-    group, weight = bucket[0].group, bucket[0].weight
-    steps = [torch.zeros_like(member.weight) for member in bucket]  # becomes −lr·U
-    _adamw_step(bucket, steps, 0.0)
-    layout = layout_of(group, weight)
-    matrices = layout.to_matrices(torch.stack(steps), batch_dims=1)
-    centered = layout.from_matrices([project(matrix) for matrix in matrices], weight.shape, batch_dims=1)
-    weights = [member.weight for member in bucket]
-    torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(weights, list(centered.unbind()))

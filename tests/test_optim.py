@@ -424,7 +424,7 @@ def test_flat_partitions_in_place_of_matrices_are_never_updated_as_vectors() -> 
         flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in group["params"]]))
         flat.grad = torch.ones_like(flat)
         group["params"], group["param_names"] = [flat], group["param_names"][:1]
-    with pytest.raises(ConfigError, match=r"'embedding.weight' is not the matrix.*flat partitions"):
+    with pytest.raises(ConfigError, match=r"'embedding'.*'embedding.weight'.*\(96,\).*attach\(engine\)"):
         optimizer.step()
 
 
@@ -455,7 +455,7 @@ def test_a_checkpoint_with_state_of_another_shape_is_refused() -> None:
     saved, optimizer = (SymOpt([("w", nn.Parameter(torch.eye(n)))], rule="spectral") for n in (3, 4))
     saved.param_groups[0]["params"][0].grad = torch.eye(3)
     saved.step()
-    with pytest.raises(CheckpointError, match=r"'w': momentum_buffer has shape \(3, 3\), not \(4, 4\)"):
+    with pytest.raises(CheckpointError, match=r"'w': shape \(3, 3\) there and \(4, 4\) here"):
         optimizer.load_state_dict(saved.state_dict())
 
 

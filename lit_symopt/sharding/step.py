@@ -1,0 +1,210 @@
+"""One step of an optimizer whose blocks lie on several ranks: element by element here, rules through the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_symopt.errors import ConfigError
+from lit_symopt.finite import undone_unless
+from lit_symopt.groups import layout_of
+from lit_symopt.sharding.exchange import Exchange
+from lit_symopt.sharding.holdings import Distribution, Holding, Placement
+from lit_symopt.sharding.plan import OPTIONS, Block, Plan, make_plan
+from lit_symopt.sharding.report import PlanReport
+from lit_symopt.sharding.transport import Transport
+from lit_symopt.update import Member, apply, directions, local_part, update_elements
+
+Group = dict[str, Any]
+
+
+class DistributedStep:
+    """A distribution made ready to be stepped: plans are made when a set of tensors is first seen, and kept.
+
+    Args:
+        distribution: who holds what.
+        groups: the optimizer's parameter groups.
+
+    Raises:
+        ConfigError: if a block of the distribution belongs to no group.
+    """
+
+    def __init__(self, distribution: Distribution, groups: Sequence[Group]) -> None:
+        self.distribution = distribution
+        self.transport = Transport(distribution.process_group)
+        self._holdings = {id(holding.tensor): holding for holding in distribution.holdings}
+        self._exchanges: dict[Hashable, Exchange] = {}
+        self._groups = self._by_key(groups)
+
+    def _by_key(self, groups: Sequence[Group]) -> dict[str, Group]:
+        group_of = {name: group for group in groups for name in group["param_names"]}
+        found = {}
+        for holding in self.distribution.holdings:
+            names = [placement.name for placement in holding.placements]
+            strangers = [name for name in names if name not in group_of]
+            if strangers:
+                raise ConfigError(
+                    f"{self.distribution.strategy} holds {strangers[:4]}, which are in no group of the optimizer; "
+                    f"build it over all trainable parameters of the module that the strategy has (SymOpt.for_module)"
+                )
+            if names:
+                found[holding.key] = group_of[names[0]]
+        return found
+
+    def holding(self, tensor: Tensor) -> Holding:
+        """What lies in a tensor that a step finds in `param_groups`.
+
+        Raises:
+            ConfigError: for a tensor that the strategy made after the optimizer was attached.
+        """
+        try:
+            return self._holdings[id(tensor)]
+        except KeyError:
+            raise ConfigError(
+                f"the optimizer holds a tensor of shape {tuple(tensor.shape)} that was not there when it was attached "
+                f"to {self.distribution.strategy}; attach it again after the strategy has changed its parameters"
+            ) from None
+
+    def over(self, groups: Sequence[Group]) -> DistributedStep:
+        """The same distribution for groups that were loaded in place of the old ones."""
+        return DistributedStep(self.distribution, groups)
+
+    def described(self) -> dict[str, Any] | None:
+        """Plain types that say which elements of which parameter this rank holds; `None` if it holds parameters."""
+        holdings = self.distribution.holdings
+        if all([placement.name for placement in holding.placements] == [holding.key] for holding in holdings):
+            return None
+        return {
+            "strategy": self.distribution.strategy,
+            "world": self.transport.world,
+            "rank": self.transport.rank,
+            "holdings": {holding.key: _segments(holding) for holding in holdings},
+        }
+
+    def agree(self, bad: Tensor) -> Tensor:
+        """Flags that are set on any rank: the same on all."""
+        return self.transport.all_reduce(bad, "max")
+
+    def report(self) -> PlanReport:
+        """What moves in one training step; see `PlanReport`."""
+        plans = [
+            self._plan([(self._holdings[id(one.tensor)], self._groups[one.key]) for one in call if one.placements])
+            for call in self.distribution.calls()
+        ]
+        flags = 0 if self.distribution.decides else len(self.distribution.holdings)
+        return PlanReport.of(self.distribution, plans, flags=flags)
+
+    def __call__(self, members: Sequence[tuple[Holding, Member]], admitted: Tensor | None) -> None:
+        """Update what the members hold.
+
+        Args:
+            members: the held tensors of this step with gradients, in the same order on every rank.
+            admitted: a flag on the device that masks every write, or `None`.
+        """
+        local = [(holding, _localized(member)) for holding, member in members]
+        exchanged = []
+        for bucket in _alike(local):
+            first = bucket[0][1].group
+            everything = [tensor for _, member in bucket for tensor in member.touched()]
+            if first["rule"] == "adamw" and not first["centered"]:
+                with undone_unless(admitted, everything):
+                    update_elements([member for _, member in bucket])
+                continue
+            with undone_unless(admitted, [tensor for _, member in bucket for tensor in member.state.values()]):
+                found = directions([member for _, member in bucket])
+            exchanged.append((bucket, found))
+        directed = [
+            (holding, member, direction)
+            for bucket, found in exchanged
+            for (holding, member), direction in zip(bucket, found, strict=True)
+        ]
+        updates = self._exchange(directed)
+        for bucket, found in exchanged:
+            with undone_unless(admitted, [tensor for _, member in bucket for tensor in member.written()]):
+                apply([member for _, member in bucket], [updates.pop(0) for _ in found])
+
+    def _exchange(self, directed: Sequence[tuple[Holding, Member, Tensor]]) -> list[Tensor]:
+        """Updates for directions: tensors of the same shapes."""
+        flat_directions: dict[str, Tensor] = {}
+        flat_updates: dict[str, Tensor] = {}
+        results = []
+        for holding, _, direction in directed:
+            dim = holding.placements[0].dim if holding.placements else 0
+            flat = direction.movedim(dim, 0).reshape(-1) if dim else direction.reshape(-1)
+            result = torch.zeros_like(flat)
+            for segment in holding.segments:
+                here = slice(segment.offset, segment.offset + segment.stop - segment.start)
+                flat_directions[segment.name], flat_updates[segment.name] = flat[here], result[here]
+            moved = direction.movedim(dim, 0).shape if dim else direction.shape
+            results.append(result.view(moved).movedim(0, dim) if dim else result.view(moved))
+        if directed:
+            planned = [(holding, member.group) for holding, member, _ in directed]
+            self._exchange_for(planned).run(flat_directions, flat_updates)
+        return results
+
+    def _exchange_for(self, planned: Sequence[tuple[Holding, Group]]) -> Exchange:
+        key = tuple((holding.key, _options(group), str(group["layout"])) for holding, group in planned)
+        if key not in self._exchanges:
+            segments = {segment.name: segment for holding, _ in planned for segment in holding.segments}
+            self._exchanges[key] = Exchange(self._plan(planned), self.transport, segments)
+        return self._exchanges[key]
+
+    def _plan(self, planned: Sequence[tuple[Holding, Group]]) -> Plan:
+        blocks = [
+            _block(placement, group, holding)
+            for holding, group in planned
+            for placement in holding.placements
+            if group["rule"] != "adamw" or group["centered"]
+        ]
+        return make_plan(blocks, world=self.transport.world, device_type=self.transport.device.type)
+
+
+def _block(placement: Placement, group: Group, holding: Holding) -> Block:
+    dtype = holding.tensor.dtype
+    return Block(
+        placement=placement,
+        role=str(group["role"]),
+        layout=layout_of(group, placement.shape),
+        options=_options(group),
+        dtype=torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype,
+    )
+
+
+def _segments(holding: Holding) -> list[dict[str, Any]]:
+    placed = {placement.name: placement for placement in holding.placements}
+    return [
+        {**asdict(segment), "shape": list(placed[segment.name].shape), "dim": placed[segment.name].dim}
+        for segment in holding.segments
+    ]
+
+
+def _options(group: Group) -> tuple[Any, ...]:
+    return tuple(group[key] for key in OPTIONS)
+
+
+def _alike(local: Sequence[tuple[Holding, Member]]) -> list[list[tuple[Holding, Member]]]:
+    """Members whose element-wise half is the same."""
+    buckets: dict[Hashable, list[tuple[Holding, Member]]] = {}
+    for holding, member in local:
+        group, weight = member.group, member.weight
+        if group["rule"] == "adamw":
+            alike = tuple(group[key] for key in ("rule", "centered", "betas", "eps", "lr", "weight_decay"))
+        else:
+            alike = (group["momentum"], group["momentum_kind"])
+        buckets.setdefault((*alike, weight.dtype, weight.device), []).append((holding, member))
+    return list(buckets.values())
+
+
+def _localized(member: Member) -> Member:
+    """The member with the local parts of distributed tensors, which share their storage."""
+    return replace(
+        member,
+        gradient=local_part(member.gradient),
+        weight=local_part(member.weight),
+        parameter=local_part(member.parameter),
+        state={name: local_part(value) for name, value in member.state.items()},
+    )
