@@ -21,6 +21,7 @@ from lit_symopt.stacks import settings_for
 from lit_symopt.update import Member, local_part, make_state, update
 
 if TYPE_CHECKING:
+    from lit_symopt.sharding.holdings import Distribution
     from lit_symopt.sharding.report import PlanReport
     from lit_symopt.sharding.step import DistributedStep
 
@@ -184,6 +185,11 @@ class SymOpt(torch.optim.Optimizer):
             )
         return self._distributed.report()
 
+    @property
+    def distribution(self) -> Distribution | None:
+        """Who holds what, once the optimizer is attached to a strategy."""
+        return None if self._distributed is None else self._distributed.distribution
+
     def explain(self, name: str) -> str:
         """What the parameter of that name gets, and why.
 
@@ -220,9 +226,11 @@ class SymOpt(torch.optim.Optimizer):
         return zip(names, group["params"], strict=True)
 
     def _find_strategy(self) -> None:
-        """Attach to FSDP2, which needs no call: its parameters say that they are distributed."""
+        """Attach to FSDP2, which needs no call: its parameters say that they are distributed, as do those of FSDP1."""
         if self._distributed is None and any(
-            hasattr(parameter, "device_mesh") for group in self.param_groups for parameter in group["params"]
+            hasattr(parameter, "device_mesh") or hasattr(parameter, "_fsdp_flattened")
+            for group in self.param_groups
+            for parameter in group["params"]
         ):
             self.attach()
 
@@ -310,7 +318,7 @@ class SymOpt(torch.optim.Optimizer):
         """
         self._compare(state_dict)
         groups = [
-            {**saved, "layout": own["layout"]}
+            {**saved, "layout": own["layout"], "betas": tuple(saved["betas"])}  # torch's DCP makes lists of tuples
             for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
         ]
         distributed = self._distributed

@@ -270,8 +270,11 @@ def _joined(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    if targets:  # the foreach operations refuse empty lists
-        torch._foreach_copy_(list(targets), list(sources))
+    if not targets:  # the foreach operations refuse empty lists
+        return
+    if sources[0].device != targets[0].device:  # offloaded: one transfer, not one a piece
+        sources = torch.cat(list(sources)).to(targets[0].device).split([len(target) for target in targets])
+    torch._foreach_copy_(list(targets), list(sources))
 
 
 def _deal(flat: Tensor, targets: Sequence[Tensor]) -> None:

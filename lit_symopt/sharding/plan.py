@@ -34,6 +34,14 @@ from lit_symopt.sharding.holdings import Placement
 OPTIONS = ("rule", "centered", "scale", "alpha", "eps", "row_damping", "precision")
 """What decides an update besides layout and shape: these keys of a group."""
 
+SHARE_FROM = 256
+"""Smaller side from which copies of a matrix share a polar factor in bf16.
+
+Five steps of Polar Express take about 30·m·n·side operations and sending the update 4·m·n bytes: at 4e14 operations and
+1e11 to 4e11 bytes a second (an H100 with InfiniBand or NVLink) the two are level at a side of 130 to 530. An estimate
+from data sheets, not a measurement.
+"""
+
 _ROWS_CONTIGUOUS = (Layout.matrix(), Layout.matrix(stored="in_out"), Layout.column(), Layout.flatten())
 
 
@@ -232,13 +240,17 @@ class Plan:
         return loads
 
 
-def make_plan(blocks: Iterable[Block], *, world: int, device_type: str = "cpu") -> Plan:
-    """The plan of one step.
+def make_plan(
+    blocks: Iterable[Block], *, world: int, device_type: str = "cpu", carried: Sequence[int] | None = None
+) -> Plan:
+    """The plan of one call of `step()`.
 
     Args:
         blocks: what is updated, in the same order on every rank.
         world: number of ranks.
         device_type: where updates are computed; it decides how `precision: auto` finds polar factors.
+        carried: work of each rank in the other calls of the same training step: among ranks that are level in this
+            call, the one with the least gets the next matrix.
 
     Example:
         >>> from lit_symopt.sharding.holdings import Placement
@@ -266,7 +278,8 @@ def make_plan(blocks: Iterable[Block], *, world: int, device_type: str = "cpu") 
                 "dtype": block.dtype,
             }
             rounds.setdefault(tuple(shared.values()), (shared, []))[1].append(cell)
-    owned = _owners([(shared, cell) for shared, cells in rounds.values() for cell in cells], world)
+    everything = [(shared, cell) for shared, cells in rounds.values() for cell in cells]
+    owned = _owners(everything, world, carried or [0] * world)
     finished = []
     for shared, cells in rounds.values():
         finished.append(Round(**shared, cells=tuple(owned.get((cell.block, cell.start), cell) for cell in cells)))
@@ -311,7 +324,7 @@ def _route(block: Block, cell: Cell, world: int, device_type: str) -> tuple[Rout
     everywhere = all(len(stretch) == cell.numel for stretch in cell.held)
     if rule.kind == "coordinate" and not options["centered"]:
         return Route.LOCAL, cell
-    if everywhere and (len(cell.held) == 1 or options["rule"] not in POLAR):
+    if everywhere and (len(cell.held) == 1 or not _pays_to_share(block, cell, device_type)):
         return Route.LOCAL, cell
     if everywhere or block.placement.dim or cell.layout not in _ROWS_CONTIGUOUS:
         return Route.OWNER, cell
@@ -332,6 +345,19 @@ def _route(block: Block, cell: Cell, world: int, device_type: str) -> tuple[Rout
     copies = sum(len(stretch) for stretch in cell.held) - cell.numel
     whole = (2 * (cell.numel - largest) + copies) * block.dtype.itemsize
     return (by_rows, rows) if moved < whole else (Route.OWNER, cell)
+
+
+def _pays_to_share(block: Block, cell: Cell, device_type: str) -> bool:
+    """Whether copies of a cell are better computed by one rank and sent than by all."""
+    options = block.named_options()
+    if options["rule"] not in POLAR:
+        return False
+    for part in cell.layout.parts(cell.shape):
+        side = min(part.m, part.n)
+        method = method_for(options["precision"], dtype=block.dtype, device_type=device_type, side=side)
+        if method != "bf16" or side >= SHARE_FROM:
+            return True
+    return False
 
 
 def _rows(cell: Cell, *, m: int, n: int, world: int) -> Cell | None:
@@ -396,7 +422,9 @@ def _cost(options: Mapping[str, Any], cell: Cell) -> int:
     return sum(part.count * part.m * part.n for part in parts)
 
 
-def _owners(cells: Sequence[tuple[Mapping[str, Any], Cell]], world: int) -> dict[tuple[str, int], Cell]:
+def _owners(
+    cells: Sequence[tuple[Mapping[str, Any], Cell]], world: int, carried: Sequence[int]
+) -> dict[tuple[str, int], Cell]:
     """Owners for the cells of the route `owner`: the costliest first, each to its holder with the least work so far."""
     loads = [0] * world
     waiting: list[tuple[int, Cell]] = []
@@ -409,7 +437,7 @@ def _owners(cells: Sequence[tuple[Mapping[str, Any], Cell]], world: int) -> dict
                 loads[stretch.rank] += cost * len(stretch) // max(cell.numel, 1)
     owned = {}
     for cost, cell in sorted(waiting, key=lambda pair: -pair[0]):  # stable: equal on every rank
-        owner = min(cell.held, key=lambda stretch: (loads[stretch.rank], -len(stretch), stretch.rank)).rank
+        owner = min(cell.held, key=lambda held: (loads[held.rank], carried[held.rank], -len(held), held.rank)).rank
         loads[owner] += cost
         owned[cell.block, cell.start] = replace(cell, owner=owner)
     return owned

@@ -20,6 +20,7 @@ from lit_symopt.sharding.transport import Transport
 from lit_symopt.update import Member, apply, directions, local_part, update_elements
 
 Group = dict[str, Any]
+Planned = tuple[Holding, Group]
 
 
 class DistributedStep:
@@ -38,6 +39,7 @@ class DistributedStep:
         self.transport = Transport(distribution.process_group)
         self._holdings = {id(holding.tensor): holding for holding in distribution.holdings}
         self._exchanges: dict[Hashable, Exchange] = {}
+        self._order = {holding.key: index for index, holding in enumerate(distribution.holdings)}
         self._groups = self._by_key(groups)
 
     def _by_key(self, groups: Sequence[Group]) -> dict[str, Group]:
@@ -91,10 +93,7 @@ class DistributedStep:
 
     def report(self) -> PlanReport:
         """What moves in one training step; see `PlanReport`."""
-        plans = [
-            self._plan([(self._holdings[id(one.tensor)], self._groups[one.key]) for one in call if one.placements])
-            for call in self.distribution.calls()
-        ]
+        plans = list(self._plans().values())
         flags = 0 if self.distribution.decides else len(self.distribution.holdings)
         return PlanReport.of(self.distribution, plans, flags=flags)
 
@@ -110,7 +109,7 @@ class DistributedStep:
         for bucket in _alike(local):
             first = bucket[0][1].group
             everything = [tensor for _, member in bucket for tensor in member.touched()]
-            if first["rule"] == "adamw" and not first["centered"]:
+            if not _is_exchanged(first):
                 with undone_unless(admitted, everything):
                     update_elements([member for _, member in bucket])
                 continue
@@ -146,21 +145,39 @@ class DistributedStep:
             self._exchange_for(planned).run(flat_directions, flat_updates)
         return results
 
-    def _exchange_for(self, planned: Sequence[tuple[Holding, Group]]) -> Exchange:
-        key = tuple((holding.key, _options(group), str(group["layout"])) for holding, group in planned)
+    def _exchange_for(self, planned: Sequence[Planned]) -> Exchange:
+        planned = sorted(planned, key=lambda one: self._order[one[0].key])
+        key = _key(planned)
         if key not in self._exchanges:
+            plan = self._plans().get(key) or self._plan(planned)  # another one where some have no gradient
             segments = {segment.name: segment for holding, _ in planned for segment in holding.segments}
-            self._exchanges[key] = Exchange(self._plan(planned), self.transport, segments)
+            self._exchanges[key] = Exchange(plan, self.transport, segments)
         return self._exchanges[key]
 
-    def _plan(self, planned: Sequence[tuple[Holding, Group]]) -> Plan:
-        blocks = [
-            _block(placement, group, holding)
-            for holding, group in planned
-            for placement in holding.placements
-            if group["rule"] != "adamw" or group["centered"]
-        ]
-        return make_plan(blocks, world=self.transport.world, device_type=self.transport.device.type)
+    def _plans(self) -> dict[Hashable, Plan]:
+        """The plans of all calls of a training step in which every block has a gradient."""
+        plans: dict[Hashable, Plan] = {}
+        work = [0] * self.transport.world
+        for call in self.distribution.calls():
+            planned = [(holding, self._groups[holding.key]) for holding in call if holding.placements]
+            planned = [one for one in planned if _is_exchanged(one[1])]
+            if planned:
+                plan = plans[_key(planned)] = self._plan(planned, carried=work)
+                work = [a + b for a, b in zip(work, plan.work(), strict=True)]
+        return plans
+
+    def _plan(self, planned: Sequence[Planned], *, carried: Sequence[int] | None = None) -> Plan:
+        blocks = [_block(placement, group, holding) for holding, group in planned for placement in holding.placements]
+        return make_plan(blocks, world=self.transport.world, device_type=self.transport.device.type, carried=carried)
+
+
+def _is_exchanged(group: Group) -> bool:
+    """Whether the update of an element depends on others; AdamW's does not unless it is centered."""
+    return bool(group["rule"] != "adamw" or group["centered"])
+
+
+def _key(planned: Sequence[Planned]) -> Hashable:
+    return tuple((holding.key, _options(group), str(group["layout"])) for holding, group in planned)
 
 
 def _block(placement: Placement, group: Group, holding: Holding) -> Block:

@@ -30,10 +30,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -148,9 +151,13 @@ class Ranks:
             here, there = Pipe()
             environment = {
                 **os.environ,
+                # This environment's ninja, whether it is activated or not: another version of it would have DeepSpeed
+                # compile its operator anew.
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",  # DeepSpeed would look for one, and compile for what it finds
                 "TOKENIZERS_PARALLELISM": "false",
+                "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed compiles what we never call, and loads the compiler for that
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
                 "RANK": str(rank),
@@ -245,6 +252,7 @@ def _serve(pipe: Connection[Any, Any], store: str, timeout: float) -> None:
     import torch
     import torch.distributed as dist
 
+    sys.meta_path.insert(0, _WithoutSharedMemory())
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if store:
@@ -265,6 +273,31 @@ def _serve(pipe: Connection[Any, Any], store: str, timeout: float) -> None:
         pipe.send_bytes(answer)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class _WithoutSharedMemory(MetaPathFinder):
+    """Imports DeepSpeed without the operator that it compiles for CPUs when it is first used.
+
+    No training uses that operator. It is loaded under a lock that is a file, and a process that is killed meanwhile
+    leaves the lock behind: every later process would wait for ever.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "deepspeed.comm.torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        assert spec is not None
+        loader: Any = spec.loader
+        run = loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            run(module)
+            assert callable(module.build_shm_op)
+            module.build_shm_op = lambda: None
+
+        loader.exec_module = exec_module
+        return spec
 
 
 def _watch(parent: int) -> None:

@@ -146,6 +146,34 @@ def test_heads_and_experts_that_lie_on_one_rank_stay_there() -> None:
         assert plan.sent() == {"linear": [0] * world}
 
 
+def test_ranks_that_did_nothing_in_one_call_come_first_in_the_next() -> None:
+    def call(name: str, carried: list[int] | None) -> Plan:
+        shape = (16, 16)
+        blocks = [
+            block(f"{name}.{n}", Layout.matrix(), shape, equal_shards(256, 4), options("spectral", precision="exact"))
+            for n in range(2)
+        ]
+        return make_plan(blocks, world=4, carried=carried)
+
+    first = call("gate", None)
+    second = call("down", first.work())
+    assert sorted(first.work()) == [0, 0, 16**3, 16**3]
+    assert [a + b for a, b in zip(first.work(), second.work(), strict=True)] == [16**3] * 4
+
+
+def test_copies_share_a_polar_factor_where_sending_it_costs_less_than_computing_it() -> None:
+    def route(side: int, chosen: tuple[Any, ...], device_type: str) -> Route:
+        shape = (2 * side, side)
+        copies = [block("w", Layout.matrix(), shape, ((0, 2 * side * side),) * 2, chosen)]
+        return one_cell(make_plan(copies, world=2, device_type=device_type))[0]
+
+    assert route(64, SPECTRAL, "cuda") is Route.LOCAL  # five products in bfloat16
+    assert route(1024, SPECTRAL, "cuda") is Route.OWNER
+    assert route(64, options("spectral", precision="fp32"), "cuda") is Route.OWNER  # a decomposition in float64
+    assert route(64, SPECTRAL, "cpu") is Route.OWNER
+    assert route(1024, ROW, "cuda") is Route.LOCAL
+
+
 # -- the models of the paper --------------------------------------------------------------------------------------
 
 
