@@ -24,6 +24,7 @@ commands:
   audit      prove the blocks:     lit-symopt audit --config configs/quickstart.yaml
              of the weights alone: lit-symopt audit --config RECIPE --model.symopt.stack muon --loss-only
   export     weights for transformers:  lit-symopt export CHECKPOINT FOLDER
+  checkpoint move between strategies:   lit-symopt checkpoint consolidate SRC DST, lit-symopt checkpoint info SRC
   data       token shards:         lit-symopt data convert ..., lit-symopt data info SHARD
 
 Every option of a recipe can be given on the command line; `lit-symopt fit --help` lists them, and
@@ -65,10 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_audit(arguments[1:])
         elif command == "export":
             _export(arguments[1:])
+        elif command == "checkpoint":
+            from lit_symopt.checkpoint.command import run as run_checkpoint
+
+            run_checkpoint(arguments[1:])
         elif command == "data":
             _data(arguments[1:])
         else:
-            known = ", ".join((*TRAINING, "export", "data", "audit"))
+            known = ", ".join((*TRAINING, "export", "checkpoint", "data", "audit"))
             return _complain(f"there is no command {command!r}; the commands are {known} (lit-symopt --help)")
     except SymOptError as error:
         return _complain(str(error))

@@ -13,16 +13,19 @@ from typing import Any, TypeVar
 
 import lightning as L
 from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_symopt.checkpoint.io import WholeFiles
+from lit_symopt.checkpoint.strategy import refuse_another_strategy
 from lit_symopt.errors import ConfigError, SymOptError
 from lit_symopt.models.checkpoint import (
     newest_checkpoint,
-    open_checkpoint,
+    open_header,
     refuse_another_architecture,
     refuse_another_run,
 )
@@ -72,10 +75,12 @@ class TrainingCLI(LightningCLI):
             raise said_by_us(error) or error from None
 
     def after_instantiate_classes(self) -> None:
-        """Finds and checks the checkpoint."""
+        """Finds and checks the checkpoint, and sees to it that those of this run are written whole."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeFiles()
         asked = self._get(self.config, "ckpt_path")
-        if asked is None or asked == "best" or "://" in str(asked) or Path(asked).is_dir():
-            return  # Lightning's own meaning; a folder is a sharded checkpoint, which its strategy checks
+        if asked is None or asked == "best" or "://" in str(asked):
+            return  # Lightning's own meaning
         resume = self.subcommand == "fit"
         if asked == "last":
             path, passed_over = newest_checkpoint(checkpoint_places(self.trainer), self.model, resume=resume)
@@ -83,7 +88,9 @@ class TrainingCLI(LightningCLI):
         else:
             path = Path(asked)
             refuse = refuse_another_run if resume else refuse_another_architecture
-            refuse(open_checkpoint(path), self.model, source=str(path))
+            refuse(open_header(path), self.model, source=str(path))
+        if path.is_dir():
+            refuse_another_strategy(path, self.trainer)
         _announce([f"{'continuing from' if resume else 'using'} {path}"])
         for config in (self.config, self.config_init):  # what is saved with the run, and what is run
             config[self.subcommand]["ckpt_path"] = str(path)

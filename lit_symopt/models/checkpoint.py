@@ -1,24 +1,25 @@
 """Trainer checkpoints: which is the newest whole one of a run, and does it fit the model.
 
-A checkpoint can be half-written when a run is killed. It is whole if torch can open it and it holds what a resume
-needs; opening maps the file into memory, so that only its table of contents is read.
+A checkpoint can be half-written when a run is killed. A file is whole if torch can open it and it holds what a resume
+needs; opening maps it into memory, so that only its table of contents is read. A folder, which the ranks of a sharded
+run write together, is whole if the files of all of them are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from lit_symopt.checkpoint.folder import Folder
+from lit_symopt.checkpoint.storage import load_mapped
 from lit_symopt.errors import CheckpointError
 
 if TYPE_CHECKING:
     import lightning as L
 
 SECTION = "lit_symopt"
+_NEEDED = ("global_step", "loops")
 
 # Entries of a transformers configuration that do not change the function the weights stand for.
 _NOT_ARCHITECTURE = frozenset(
@@ -53,18 +54,33 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: if there is no such file, or it is not a whole Trainer checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; --ckpt_path takes a .ckpt file, or 'last'")
-    try:
-        loaded: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        first = str(error).strip().splitlines()
+    if path.is_dir():
         raise CheckpointError(
-            f"{path} is not a whole checkpoint ({first[0] if first else type(error).__name__}); it may have been cut "
-            "short by a kill: use an earlier one"
-        ) from error
-    checkpoint: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
-    missing = [key for key in ("state_dict", "global_step", "loops") if key not in checkpoint]
+            f"{path} is a folder that the ranks of a run wrote together; make one file of it first: "
+            f"lit-symopt checkpoint consolidate {path} DST"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; --ckpt_path takes a .ckpt file or folder, or 'last'")
+    loaded: object = load_mapped(path)
+    return _of_a_trainer(loaded if isinstance(loaded, dict) else {}, path, needed=("state_dict", *_NEEDED))
+
+
+def open_header(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint, file or folder, says of itself; of a folder that is everything but tensors.
+
+    Raises:
+        CheckpointError: if there is none, or it is not whole, naming the missing file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return open_checkpoint(path)
+    folder = Folder.at(path)
+    folder.refuse_incomplete()
+    return _of_a_trainer(folder.header(), path, needed=_NEEDED)
+
+
+def _of_a_trainer(checkpoint: dict[str, Any], path: Path, *, needed: Sequence[str]) -> dict[str, Any]:
+    missing = [key for key in needed if key not in checkpoint]
     if missing:
         raise CheckpointError(f"{path} is not a Trainer checkpoint: it has no {', '.join(missing)}")
     return checkpoint
@@ -81,27 +97,33 @@ def newest_checkpoint(
         resume: training continues, so that those of another stack are passed over too.
 
     Returns:
-        The file, and for each newer one that was passed over a sentence that says why.
+        The file or folder, and for each newer one that was passed over a sentence that says why.
 
     Raises:
         CheckpointError: if there is none; it says where it looked and what was passed over.
     """
-    found = {file: file.stat().st_mtime_ns for base, glob in places for file in base.glob(glob) if file.is_file()}
+    found = {path: _written(path) for base, glob in places for path in base.glob(glob)}
     refuse = refuse_another_run if resume else refuse_another_architecture
     passed_over: list[str] = []
-    for file in sorted(found, key=lambda file: (found[file], file.name), reverse=True):
+    for path in sorted(found, key=lambda path: (found[path], path.name), reverse=True):
         try:
-            refuse(open_checkpoint(file), module, source=str(file))
+            refuse(open_header(path), module, source=str(path))
         except CheckpointError as error:
             passed_over.append(str(error))
         else:
-            return file, passed_over
+            return path, passed_over
     looked = ", ".join(str(base / glob) for base, glob in places)
     why = "".join(f"\n  passed over: {reason}" for reason in passed_over)
     raise CheckpointError(
         f"no checkpoint to continue from: looked for {looked}{why}\n"
         "Run without --ckpt_path to start anew, or give the path of a checkpoint."
     )
+
+
+def _written(path: Path) -> int:
+    """When a checkpoint was written; of a folder, when the last of its files was."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
 
 
 def refuse_another_run(
