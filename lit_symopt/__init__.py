@@ -12,10 +12,12 @@ from lit_symopt.optim import SymOpt
 
 if TYPE_CHECKING:
     from lit_symopt.mixin import SymOptMixin
+    from lit_symopt.wiring import AttachOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttachOptimizer",
     "Block",
     "BlockTaxonomy",
     "Layout",
@@ -32,7 +34,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The mixin needs lightning, which takes seconds to import: only those who use it pay.
+    # These need lightning, which takes seconds to import: only those who use them pay.
     if name == "SymOptMixin":
         return import_module("lit_symopt.mixin").SymOptMixin
+    if name == "AttachOptimizer":
+        return import_module("lit_symopt.wiring").AttachOptimizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lit_symopt import Block, BlockTaxonomy, Role, RoleConfig, ScheduleConfig, SymOpt, SymOptConfig, SymOptMixin
-from lit_symopt.errors import TaxonomyError
+from lit_symopt import (
+    AttachOptimizer,
+    Block,
+    BlockTaxonomy,
+    Role,
+    RoleConfig,
+    ScheduleConfig,
+    SymOpt,
+    SymOptConfig,
+    SymOptMixin,
+)
+from lit_symopt.errors import GradientError, TaxonomyError
 from lit_symopt.table import block_rows, format_table, print_table
 
 
@@ -284,3 +294,61 @@ def test_training_data_that_cannot_be_looked_at_are_refused_by_kind(tmp_path: Pa
 
     with pytest.raises(TaxonomyError, match="the training data are a Once"):
         fitted(Bare(), tmp_path, Once())
+
+
+@pytest.mark.parametrize(
+    ("mark", "said"), [("device_mesh", "sharded"), ("ds_shape", "sharded"), ("meta", "on the meta")]
+)
+def test_blocks_are_not_inferred_from_parameters_that_are_elsewhere(mark: str, said: str) -> None:
+    module = Bare()
+    module.example_input_array = torch.randn(2, 8)
+    if mark == "meta":
+        module.to("meta")
+    else:
+        setattr(module.get_parameter("net.0.weight"), mark, (4, 8))  # as FSDP2 and DeepSpeed mark them
+    with pytest.raises(TaxonomyError, match=rf"block_taxonomy\(\).*'net.0.weight' is {said}.* already.*small instance"):
+        module.configure_optimizers()
+
+
+# -- the callback that attaches ----------------------------------------------------------------------------------
+
+
+def attaching(fitting: L.Trainer) -> int:
+    callbacks: list[L.Callback] = fitting.callbacks  # type: ignore[attr-defined]
+    return sum(isinstance(callback, AttachOptimizer) for callback in callbacks)
+
+
+def test_the_mixin_brings_one_callback_that_attaches_however_often_it_is_fitted(tmp_path: Path) -> None:
+    module = Classifier()
+    with trainer(tmp_path) as fitting:
+        assert attaching(fitting) == 0
+        fitting.fit(module, batches())
+        assert attaching(fitting) == 1
+        fitting.fit(module, batches())
+        assert attaching(fitting) == 1
+    with trainer(tmp_path, callbacks=[AttachOptimizer()]) as fitting:
+        fitting.fit(module, batches())
+        assert attaching(fitting) == 1
+
+
+def test_it_comes_after_the_callbacks_of_the_classes_that_the_mixin_is_put_before(tmp_path: Path) -> None:
+    class Own(L.LightningModule):
+        def configure_callbacks(self) -> Sequence[L.Callback] | L.Callback:
+            return L.pytorch.callbacks.Timer()
+
+    class Both(SymOptMixin, Own):
+        pass
+
+    kinds = [type(callback).__name__ for callback in Both().configure_callbacks()]
+    assert kinds == ["Timer", "AttachOptimizer"]
+
+
+def test_a_gradient_error_that_an_accelerator_reports_late_is_raised_when_training_ends(tmp_path: Path) -> None:
+    class Poisoned(Classifier):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.trainer.global_step == 5:  # the last one: no later step could report it
+                optimizer._finite.defer = True  # as on an accelerator
+                self.get_parameter("net.0.weight").grad[0, 0] = float("nan")  # type: ignore[index]
+
+    with trainer(tmp_path) as fitting, pytest.raises(GradientError, match=r"net\.0\.weight"):
+        fitting.fit(Poisoned(), batches())

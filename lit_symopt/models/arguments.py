@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
 from inspect import signature
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_symopt.errors import ConfigError
+from lit_symopt.models.deferred import Deferred
+from lit_symopt.models.materialize import active_zero_init
 from lit_symopt.models.pretrained import load_pretrained, read_config
 
 if TYPE_CHECKING:
@@ -29,8 +33,11 @@ def build_model(
     attention: str,
     experts: str | None = None,
     gradient_checkpointing: bool = False,
-) -> PreTrainedModel:
+    deferred: bool = False,
+) -> PreTrainedModel | Deferred:
     """A model of a family with fresh weights, or with those of a folder.
+
+    Inside `deepspeed.zero.Init` it is partitioned as it is built, with the same weights.
 
     Args:
         kind: transformers' class, e.g. `Qwen3ForCausalLM`.
@@ -42,6 +49,7 @@ def build_model(
         attention: transformers' attention kernel.
         experts: how the experts of a layer are multiplied; `None` for a model without any.
         gradient_checkpointing: recompute activations in the backward pass.
+        deferred: describe the model without building it.
 
     Raises:
         ConfigError: for an architecture that cannot be built, a folder that is none, or entries that contradict it.
@@ -51,21 +59,40 @@ def build_model(
         config = configure(entries)
         config._attn_implementation = attention
         config._experts_implementation = experts
-        try:
-            model: PreTrainedModel = kind(config)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"{family.__name__} with attention={attention!r} cannot be built here: {error}"
-            ) from error
+        load = None
     else:
         _refuse_contradictions(entries, pretrained, family=family, model_type=_model_type(kind), held=held)
-        model = load_pretrained(pretrained, attention=attention)
+        config = read_config(pretrained)
+        config._attn_implementation = attention
         if experts is not None:
-            model.set_experts_implementation(experts)
+            config._experts_implementation = experts
+        load = partial(_load, pretrained, attention=attention, experts=experts)
+    describe = partial(_fresh, kind, config, name=family.__name__, attention=attention)
+    build = load or describe
+    later = deferred or active_zero_init() is not None
+    described = Deferred.described(describe, build, draws=load is None) if later else None
+    model = build() if described is None else described.model
     if gradient_checkpointing:
         # The second name is that of older versions of transformers; newer ones warn of it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if described is None or deferred:
+        return described or model
+    described.materialize()
+    return model
+
+
+def _fresh(kind: type[PreTrainedModel], config: PretrainedConfig, *, name: str, attention: str) -> PreTrainedModel:
+    try:
+        return kind(deepcopy(config))  # transformers writes into it
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{name} with attention={attention!r} cannot be built here: {error}") from error
+
+
+def _load(folder: str, *, attention: str, experts: str | None) -> PreTrainedModel:
+    model = load_pretrained(folder, attention=attention)
+    if experts is not None:
+        model.set_experts_implementation(experts)
     return model
 
 

@@ -18,6 +18,8 @@ from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import ConfigError
 from lit_symopt.mixin import SymOptMixin
 from lit_symopt.models.checkpoint import SECTION, refuse_another_architecture
+from lit_symopt.models.deferred import Deferred
+from lit_symopt.models.fully_sharded import data_parallel_mesh, shard_decoder
 from lit_symopt.models.next_token import next_token_loss, refuse_without_targets
 from lit_symopt.models.pretrained import load_pretrained, write_pretrained
 
@@ -77,8 +79,10 @@ class LitCausalLM(SymOptMixin, L.LightningModule):
     In a float64 model everything is float64 but what transformers computes in float32 whatever the model: RMSNorms and
     rotary angles in every family, OLMoE's routing weights, and the softmax of `eager` attention except gpt-oss's.
 
+    Under Lightning's `ModelParallelStrategy` every decoder layer, and then the model, is sharded by FSDP2.
+
     Args:
-        model: the model, e.g. `Qwen3ForCausalLM(config)`.
+        model: the model, e.g. `Qwen3ForCausalLM(config)`; one that is `Deferred` gets its weights in `configure_model`.
         symopt: stack, learning rates and schedule.
 
     Example:
@@ -90,10 +94,11 @@ class LitCausalLM(SymOptMixin, L.LightningModule):
         torch.Size([])
     """
 
-    def __init__(self, model: PreTrainedModel, *, symopt: SymOptConfig = DEFAULT_SYMOPT) -> None:
+    def __init__(self, model: PreTrainedModel | Deferred, *, symopt: SymOptConfig = DEFAULT_SYMOPT) -> None:
         super().__init__()
-        self.model = model
-        embedding: Any = model.get_input_embeddings()
+        self._deferred = model if isinstance(model, Deferred) else None
+        self.model = model.model if isinstance(model, Deferred) else model
+        embedding: Any = self.model.get_input_embeddings()
         embedding.padding_idx = None  # it masks the gradient of that row
         self.symopt = symopt
         self.tokens_seen = 0
@@ -103,6 +108,22 @@ class LitCausalLM(SymOptMixin, L.LightningModule):
         self._timed_tokens = 0
 
     # -- weights in and out --------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Shards the model under `ModelParallelStrategy` and builds what is deferred; nothing if that is done.
+
+        The Trainer calls it. Whoever uses a deferred model without one calls it too, after `fully_shard` or inside
+        `deepspeed.zero.Init`.
+
+        Raises:
+            ConfigError: for tensor parallelism, or a deferred model that cannot be handed out.
+        """
+        mesh = data_parallel_mesh(self)
+        if mesh is not None:
+            shard_decoder(self.model, mesh)
+        if self._deferred is not None:
+            self._deferred.materialize()
+            self._deferred = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, symopt: SymOptConfig = DEFAULT_SYMOPT) -> LitCausalLM:

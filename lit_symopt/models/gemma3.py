@@ -66,6 +66,9 @@ class Gemma3(LitCausalLM):
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         pretrained: a `save_pretrained` folder to start from. The architecture is then the folder's; an argument set
             to something else is an error, and `attention` and `gradient_checkpointing` apply as given.
+        deferred: for a model that does not fit into one process: describe it here and build it in `configure_model`,
+            on each process only its own part under FSDP2 and DeepSpeed ZeRO 3. Its weights, and all later random
+            numbers, are those that the same seed gives without it; rank 0 builds the whole model in host memory.
         symopt: stack, learning rates and schedule.
 
     Raises:
@@ -96,6 +99,7 @@ class Gemma3(LitCausalLM):
         attention: Attention = "sdpa",
         gradient_checkpointing: bool = False,
         pretrained: str | None = None,
+        deferred: bool = False,
         symopt: SymOptConfig = DEFAULT_SYMOPT,
     ) -> None:
         from transformers import Gemma3ForCausalLM
@@ -129,6 +133,7 @@ class Gemma3(LitCausalLM):
             pretrained=pretrained,
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
+            deferred=deferred,
         )
         super().__init__(model, symopt=symopt)
 

@@ -10,13 +10,14 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_symopt.blocks import Block, BlockTaxonomy, Role
+from lit_symopt.blocks import Block, BlockTaxonomy, Role, shape_of
 from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import ConfigError
 from lit_symopt.models import router_losses
 from lit_symopt.models.causal_lm import DEFAULT_SYMOPT, LitCausalLM
+from lit_symopt.models.deferred import Deferred
 from lit_symopt.models.next_token import next_token_loss, refuse_without_targets
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class LitMoECausalLM(LitCausalLM):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Deferred,
         *,
         load_balancing_loss: float = 0.0,
         router_z_loss: float = 0.0,
@@ -64,6 +65,7 @@ class LitMoECausalLM(LitCausalLM):
             if not (isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value} must be a finite coefficient of at least 0; 0 leaves the loss out")
         super().__init__(model, symopt=symopt)
+        gather_experts_at_once(self.model)
         self.load_balancing_loss = load_balancing_loss
         self.router_z_loss = router_z_loss
 
@@ -97,6 +99,17 @@ class LitMoECausalLM(LitCausalLM):
             raise ConfigError(
                 "experts='grouped_mm' multiplies in float32 or less, and this model is float64; give experts='eager'"
             )
+
+
+def gather_experts_at_once(model: nn.Module) -> None:
+    """Make DeepSpeed's ZeRO 3 fetch the experts of a layer together; without effect elsewhere.
+
+    transformers calls a submodule once for every expert that the batch reaches, and ZeRO 3 stops when ranks call
+    different numbers of modules. Equal to `deepspeed.utils.set_z3_leaf_modules`, without importing deepspeed.
+    """
+    for module in model.modules():
+        if any(len(shape_of(parameter)) == 3 for parameter in module.parameters(recurse=False)):  # [E, rows, columns]
+            module._z3_leaf = True  # type: ignore[assignment]
 
 
 def router_blocks(weight: str, *, bias: str | None = None) -> list[Block]:

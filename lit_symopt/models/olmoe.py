@@ -92,6 +92,9 @@ class OLMoE(LitMoECausalLM):
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         pretrained: a `save_pretrained` folder to start from. The architecture is then the folder's; an argument set
             to something else is an error, and `attention`, `experts` and `gradient_checkpointing` apply as given.
+        deferred: for a model that does not fit into one process: describe it here and build it in `configure_model`,
+            on each process only its own part under FSDP2 and DeepSpeed ZeRO 3. Its weights, and all later random
+            numbers, are those that the same seed gives without it; rank 0 builds the whole model in host memory.
         symopt: stack, learning rates and schedule.
 
     Raises:
@@ -122,6 +125,7 @@ class OLMoE(LitMoECausalLM):
         experts: Experts = "eager",
         gradient_checkpointing: bool = False,
         pretrained: str | None = None,
+        deferred: bool = False,
         symopt: SymOptConfig = DEFAULT_SYMOPT,
     ) -> None:
         from transformers import OlmoeForCausalLM
@@ -153,6 +157,7 @@ class OLMoE(LitMoECausalLM):
             attention=attention,
             experts=experts,
             gradient_checkpointing=gradient_checkpointing,
+            deferred=deferred,
         )
         super().__init__(model, load_balancing_loss=load_balancing_loss, router_z_loss=router_z_loss, symopt=symopt)
 
