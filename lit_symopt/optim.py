@@ -264,6 +264,9 @@ class SymOpt(torch.optim.Optimizer):
     def _member(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Member:
         """A parameter with its arithmetic dtype, and its master if it needs one."""
         weight, gradient = self._weight(parameter, group), _gradient(parameter)
+        placements = getattr(parameter, "placements", None)
+        if placements is not None and gradient.placements != placements:  # of copies, a part of the sum on each rank
+            gradient = gradient.redistribute(placements=placements)
         if gradient.dtype != weight.dtype:
             gradient = gradient.to(weight.dtype)
         return Member(name, gradient, weight, parameter, group, self.state[parameter])

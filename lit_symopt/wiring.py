@@ -13,10 +13,14 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
+from lit_symopt.checkpoint.named import keyed_by_name
+from lit_symopt.checkpoint.progress import ACCUMULATED, restate_progress
 from lit_symopt.errors import ConfigError, SymOptError
 from lit_symopt.optim import SymOpt
 
@@ -73,6 +77,25 @@ class AttachOptimizer(L.Callback):
                 optimizer.attach(getattr(trainer.model, "process_group", dist.group.WORLD))
             elif isinstance(strategy, ModelParallelStrategy):
                 optimizer.attach()
+            if optimizer.distribution is not None:
+                rank_zero_only(print)(optimizer.plan_report(), flush=True)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes how many batches make a step, and keys the optimizer's state on one device or DDP by parameter name.
+
+        Numbers are places in an order that others differ in: Lightning's `ModelParallelStrategy` would read them as
+        places in `model.parameters()`.
+        """
+        checkpoint[ACCUMULATED] = trainer.accumulate_grad_batches
+        states = checkpoint.get("optimizer_states", [])
+        if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            for index, optimizer in enumerate(trainer.optimizers[: len(states)]):
+                if isinstance(optimizer, SymOpt):
+                    states[index] = keyed_by_name(states[index], checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets steps begin where they ended, when other numbers of processes and of accumulated batches go on."""
+        restate_progress(checkpoint, trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tells every `ModelCheckpoint` that the step of a resume is saved already.

@@ -255,6 +255,9 @@ def trained(strategy: str, *, saved_at: int, path: str, last: int, **options: An
 def _engine(module: nn.Module, optimizer: SymOpt, strategy: str, options: dict[str, Any]) -> Any:
     import deepspeed
 
+    from lit_symopt.strategies.cpu import communicate_by_gloo
+
+    communicate_by_gloo()
     half = strategy.startswith("bf16")
     stage = 1 if strategy == "bf16_optimizer" else int(strategy[-1])
     config: dict[str, Any] = {

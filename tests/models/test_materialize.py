@@ -188,6 +188,9 @@ def test_the_weights_of_a_folder_arrive_in_shards_on_three_ranks(three: Ranks, t
 def under_zero_3(variant: str, how: str, *, bf16: bool = False) -> dict[str, Any]:
     import deepspeed
 
+    from lit_symopt.strategies.cpu import communicate_by_gloo
+
+    communicate_by_gloo()
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -260,6 +263,9 @@ def test_in_bf16_weights_and_buffers_are_those_of_a_model_built_at_once(variant:
 def anybodys_module_inside_zero_init() -> dict[str, Tensor]:
     import deepspeed
 
+    from lit_symopt.strategies.cpu import communicate_by_gloo
+
+    communicate_by_gloo()
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     with deepspeed.zero.Init(config_dict_or_path=config):
         module = Plain(seed=dist.get_rank())
