@@ -249,7 +249,11 @@ class SymOpt(torch.optim.Optimizer):
             return None
         if known is None:
             gradients = [local_part(_gradient(parameter)) for _, parameter, _ in found]
-            return self._finite.admit([name for name, _, _ in found], gradients, agree=step.agree)
+            try:
+                return self._finite.admit([name for name, _, _ in found], gradients, agree=step.agree)
+            except GradientError:
+                step.distribution.refused()
+                raise
         step.distribution.refused()
         raise GradientError(
             f"a gradient of this step is not finite ({step.distribution.strategy} says so of all ranks). No weight and "
@@ -263,10 +267,7 @@ class SymOpt(torch.optim.Optimizer):
 
     def _member(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Member:
         """A parameter with its arithmetic dtype, and its master if it needs one."""
-        weight, gradient = self._weight(parameter, group), _gradient(parameter)
-        placements = getattr(parameter, "placements", None)
-        if placements is not None and gradient.placements != placements:  # of copies, a part of the sum on each rank
-            gradient = gradient.redistribute(placements=placements)
+        weight, gradient = self._weight(parameter, group), _whole_sum(_gradient(parameter), parameter)
         if gradient.dtype != weight.dtype:
             gradient = gradient.to(weight.dtype)
         return Member(name, gradient, weight, parameter, group, self.state[parameter])
@@ -419,6 +420,14 @@ def _named(params: Any, name: str) -> Any:
         return params  # torch refuses them, because their order is not fixed
     listed = [params] if isinstance(params, Tensor) else list(params)
     return [pair if isinstance(pair, tuple) else (f"{name}[{index}]", pair) for index, pair in enumerate(listed)]
+
+
+def _whole_sum(gradient: Any, parameter: Any) -> Tensor:
+    """A DTensor's gradient placed as the DTensor is: that of copies may be a part of the sum on each rank."""
+    placements = getattr(parameter, "placements", None)
+    if placements is None or gradient.placements == placements:
+        return gradient  # type: ignore[no-any-return]
+    return gradient.redistribute(placements=placements)  # type: ignore[no-any-return]
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
 from lit_symopt.checkpoint.named import keyed_by_name
@@ -58,6 +58,7 @@ class AttachOptimizer(L.Callback):
         if stage != "fit":
             return
         _refuse_unsupported(trainer.strategy, trainer.world_size)
+        _warn_of_small_gradients(trainer.strategy, pl_module, trainer.accumulate_grad_batches)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             from lit_symopt.mixin import SymOptMixin
 
@@ -120,6 +121,17 @@ def _optimizers(trainer: L.Trainer) -> list[SymOpt]:
     deepspeed = isinstance(strategy, DeepSpeedStrategy)
     found = [strategy.deepspeed_engine.basic_optimizer] if deepspeed else trainer.optimizers
     return [optimizer for optimizer in found if isinstance(optimizer, SymOpt)]
+
+
+def _warn_of_small_gradients(strategy: Strategy, module: L.LightningModule, accumulated: int) -> None:
+    lightnings = isinstance(strategy, DeepSpeedStrategy) and type(strategy).backward is Strategy.backward
+    if lightnings and module.automatic_optimization and accumulated > 1:
+        rank_zero_warn(
+            f"accumulate_grad_batches={accumulated}: the Trainer divides the loss by it and DeepSpeed does so again: "
+            f"gradients are {accumulated} times smaller than under other strategies. Rules that ignore the size of the "
+            f"momentum hide it; AdamW's eps, clipping, nuclear scales and checkpoints that move do not. Use "
+            f"lit_symopt.strategies.DeepSpeedStrategy, which divides once"
+        )
 
 
 def _refuse_unsupported(strategy: Strategy, world: int) -> None:

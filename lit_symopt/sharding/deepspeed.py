@@ -45,7 +45,7 @@ def partitioned(optimizer: SymOpt, engine: Any) -> Distribution:
         from lit_symopt.sharding.replicated import replicated
 
         undo_trial_step(optimizer, engine)
-        return replicated(optimizer, engine.seq_data_parallel_group)
+        return _Whole(engine, replicated(optimizer, engine.seq_data_parallel_group).holdings)
     strategy, flats = _layout(engine)
     rank, names = dist.get_rank(engine.seq_data_parallel_group), _names(optimizer, engine, flats)
     holdings = [flat.holding(rank, names) for flat in flats]
@@ -142,6 +142,26 @@ class _Partitions(Distribution):
 
     def _remember_groups(self, optimizer: torch.optim.Optimizer) -> None:
         self._groups = optimizer.param_groups  # loading replaces the list and the groups in it
+
+
+class _Whole(Distribution):
+    """Stage 0: a copy of every parameter, or of its fp32 master, on each rank."""
+
+    strategy = "DeepSpeed stage 0"
+
+    def __init__(self, engine: Any, holdings: Sequence[Holding]) -> None:
+        self.process_group, self.holdings, self._engine = engine.seq_data_parallel_group, holdings, engine
+
+    def finite(self) -> None:
+        """In fp32 DeepSpeed does not look at gradients."""
+        return
+
+    def refused(self) -> None:
+        """Leave the engine as after a step that it skipped itself."""
+        self._engine.zero_grad()
+        for holding in self.holdings:
+            holding.tensor.grad = None
+        close_step(self._engine)
 
 
 def _layout(engine: Any) -> tuple[str, list[_Flat]]:

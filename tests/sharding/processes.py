@@ -15,6 +15,7 @@ one that started it.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -266,6 +267,7 @@ def _serve(pipe: Connection[Any, Any], store: str, timeout: float) -> None:
             function: Any = import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
+            gc.freeze()  # what is imported by now is not looked through again and again
             answer = pickle.dumps((None, function(*args, **options)))
         except BaseException:  # noqa: BLE001  whatever it is, the caller raises it
             answer = pickle.dumps((traceback.format_exc(), None))

@@ -190,3 +190,20 @@ def test_other_strategies_of_several_devices_are_refused_by_name() -> None:
     state = PostLocalSGDState(None, None, start_localSGD_iter=8)
     with pytest.raises(ConfigError, match="PostLocalSGDState lets the ranks' weights drift apart"):
         _refuse_unsupported(DDPStrategy(ddp_comm_state=state), 2)
+
+
+@pytest.mark.deepspeed
+def test_lightnings_deepspeed_strategy_is_said_to_shrink_accumulated_gradients() -> None:
+    from lightning.pytorch.strategies import DeepSpeedStrategy as Lightnings
+
+    from lit_symopt.strategies import CPUDeepSpeedStrategy
+    from lit_symopt.wiring import _warn_of_small_gradients
+
+    ours = CPUDeepSpeedStrategy()  # first: it says on what DeepSpeed is to work
+    module = module_of("declared")
+    with pytest.warns(UserWarning, match=r"gradients are 3 times smaller .* Use lit_symopt\.strategies\.DeepSpeed"):
+        _warn_of_small_gradients(Lightnings(), module, 3)
+    _warn_of_small_gradients(Lightnings(), module, 1)  # warnings are errors here
+    _warn_of_small_gradients(ours, module, 3)
+    module.automatic_optimization = False  # then DeepSpeed alone divides
+    _warn_of_small_gradients(Lightnings(), module, 3)

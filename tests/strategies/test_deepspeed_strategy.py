@@ -54,7 +54,7 @@ def test_training_is_that_of_one_process(
 ) -> None:
     for one in ranks[2](fit, stage, STEPS, devices=2, strategy=strategy):
         assert one["error"] == ""
-        assert one["attached"] == (f"DeepSpeed ZeRO {stage}" if stage else "DDP")
+        assert one["attached"] == (f"DeepSpeed ZeRO {stage}" if stage else "DeepSpeed stage 0")
         assert_equal_weights(one["weights"], alone["weights"])
 
 
