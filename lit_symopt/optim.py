@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count
@@ -135,6 +136,12 @@ class SymOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found = self._with_gradients()
+        if not found and any(parameter.numel() for group in self.param_groups for parameter in group["params"]):
+            warnings.warn(
+                "no parameter of the optimizer has a gradient, so this step does nothing. Call backward before it; if "
+                "you do, the module has other parameters by now: build SymOpt after fully_shard, .to() or the like.",
+                stacklevel=2,
+            )
         if self._distributed is not None:
             self._distributed_step(self._distributed, found)
             return loss

@@ -497,3 +497,9 @@ def test_explain_says_what_a_parameter_gets_and_why() -> None:
     assert "− 0.001 · 3 · ⟨M, U⟩^0.5 · U" in nuclear.explain("w")
     with pytest.raises(ConfigError, match=r"'head.wait'; the nearest are 'head.weight'"):
         optimizer.explain("head.wait")
+
+
+def test_a_step_without_any_gradient_says_that_it_does_nothing() -> None:
+    built_over_other_parameters = SymOpt([("w", nn.Parameter(torch.eye(3)))], rule="spectral")
+    with pytest.warns(UserWarning, match=r"no parameter of the optimizer has a gradient.*after fully_shard"):
+        built_over_other_parameters.step()

@@ -22,6 +22,9 @@ COMMANDS = [
     shlex.split(line, comments=True) for language, text in SNIPPETS if language == "bash" for line in text.splitlines()
 ]
 
+SHORT = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1"]
+SHORT += ["--model.symopt.schedule.warmup_steps", "1"]
+
 
 def test_the_readme_has_nothing_but_these_snippets() -> None:
     assert {language for language, _ in SNIPPETS} == {"python", "bash"}
@@ -72,18 +75,36 @@ def test_the_training_commands_run_in_their_order(tmp_path: Path) -> None:
     """With two steps and one validation batch instead of the recipe's."""
     for name in ("configs", "lit_symopt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1"]
-    short += ["--model.symopt.schedule.warmup_steps", "1"]
-    scripts = Path(sys.executable).parent
-    commands = [command for command in COMMANDS if {"fit", "validate"} & set(command)]
+    commands = [command for command in COMMANDS if {"fit", "validate"} & set(command) and not is_strategy(command)]
     assert len(commands) == 8
     for command in commands:
-        steps = [*short[:1], "3", *short[2:]] if "last" in command else short
-        environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-        result = subprocess.run(
-            [*command, *steps], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        run_in(tmp_path, [*command, *(three_steps(SHORT) if "last" in command else SHORT)])
+
+
+@pytest.mark.deepspeed
+def test_a_sharded_run_becomes_one_file_and_goes_on_under_another_strategy(tmp_path: Path) -> None:
+    """The commands on strategies in their order, with two steps and then a third."""
+    for name in ("configs", "lit_symopt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    commands = [command for command in COMMANDS if is_strategy(command)]
+    assert [command[1] for command in commands] == ["fit", "checkpoint", "fit", "run"]
+    for command in commands:
+        steps = three_steps(SHORT) if "--ckpt_path" in command else SHORT
+        run_in(tmp_path, command if "checkpoint" in command else [*command, *steps])
+
+
+def is_strategy(command: list[str]) -> bool:
+    return "checkpoint" in command or any("configs/strategy/" in argument for argument in command)
+
+
+def three_steps(short: list[str]) -> list[str]:
+    return [*short[:1], "3", *short[2:]]
+
+
+def run_in(folder: Path, command: list[str]) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "make"], ids=" ".join)

@@ -50,7 +50,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command_is_an_error_that_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert "no command 'train'; the commands are fit, validate, test, export, checkpoint, data" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no command 'train'; the commands are fit, validate, test, export, checkpoint, data" in said
 
 
 WRONG: list[tuple[list[str], str]] = [

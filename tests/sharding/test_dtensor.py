@@ -14,7 +14,7 @@ from lit_symopt import Layout, SymOpt
 from lit_symopt.errors import ConfigError
 from lit_symopt.sharding.attach import distribution_for
 from lit_symopt.sharding.holdings import Distribution
-from tests.sharding.processes import Ranks
+from tests.sharding.processes import Ranks, run_on_ranks
 
 # Uneven shards, fewer slices than ranks, one slice, none, and every dimension of a stack.
 SHAPES = [(7, 3), (1, 5), (2, 4), (3, 2, 5), (11,), (0, 3), (6, 4)]
@@ -219,3 +219,20 @@ def test_model_parallelism_and_unsharded_parameters_are_refused_by_name_on_every
         assert "'1.weight' is a plain tensor among sharded parameters" in said["plain"]
         assert "tensor_parallel_size=1" in said["mesh dimension"]
         assert "elements of it, not the" in said["by hand"]
+
+
+def stepped_with_a_part_of_the_sum_on_each_rank() -> torch.Tensor:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(DTensor.from_local(torch.eye(4, 3), mesh, [Replicate()]))
+    optimizer = SymOpt([("w", weight)], lr=1.0, rule="sgd", momentum=0.0)
+    weight.grad = DTensor.from_local(torch.full((4, 3), dist.get_rank() + 1.0), mesh, [Partial()])
+    optimizer.step()
+    return weight.detach().to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_gradient_that_is_a_part_of_a_sum_on_each_rank_is_added_up() -> None:
+    for weight in run_on_ranks(stepped_with_a_part_of_the_sum_on_each_rank, 2):
+        assert torch.equal(weight, torch.eye(4, 3) - 3.0)
