@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     Beyond Lightning's own it
     - sets `zero_allow_untested_optimizer` and `zero_force_ds_cpu_optimizer` in the DeepSpeed config, also in one that
       was given, and refuses an `optimizer` there;
-    - takes gradients of the size that the other strategies take when batches are accumulated;
+    - takes the steps and the gradients that the other strategies take when batches are accumulated;
     - raises where DeepSpeed silently skips a step because a gradient is not finite (not in fp16, whose loss scale is
       found that way);
     - writes a checkpoint folder beside its place and renames it, so that an interrupted save never looks whole;
@@ -61,6 +62,20 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """The Trainer says when a step is due, as under every other strategy, and the engine follows; see `backward`.
+
+        Left to itself the engine counts batches on across epochs, and the Trainer, with it the schedule, begins anew
+        with each: wherever an epoch is no whole number of steps the two take different ones.
+        """
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Nothing: the engine knows by its boundary what to reduce, and refuses to hold it back in ZeRO 2 and 3."""
+        yield
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """A backward pass of the engine, without its division by the number of accumulated batches.
 
@@ -71,6 +86,8 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         assert self.lightning_module is not None
         if self.lightning_module.automatic_optimization:
             kwargs.setdefault("scale_wrt_gas", False)
+            engine: Any = self.deepspeed_engine
+            engine.set_gradient_accumulation_boundary(not self._trainer().fit_loop._should_accumulate())
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(
