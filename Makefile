@@ -12,13 +12,14 @@ pip := $(run)/python -m pip install --disable-pip-version-check --constraint con
 # Two test processes with one thread each: many small tensors gain nothing from more. A file stays in one process.
 pytest := OMP_NUM_THREADS=1 $(run)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: help train compare test test-all dev lint clean
+.PHONY: help train compare test test-all parity dev lint clean
 
 help:
 	@echo "make train     train the quick start recipe (CONFIG=..., ARGS='--trainer.max_steps 100')"
 	@echo "make compare   print the comparison of stacks on the quick start recipe, after the runs that are missing"
 	@echo "make test      run the tests (JOBS=2, ARGS='tests/rules')"
 	@echo "make test-all  run the slow tests too, and those for a GPU where there is one"
+	@echo "make parity    compare every strategy with one process, and write the record (half an hour)"
 	@echo "make dev       install for development"
 	@echo "make lint      check style and types"
 	@echo "make clean     remove caches and built files; the environment $(VENV) stays"
@@ -34,6 +35,14 @@ test: $(VENV)/.dev-installed
 
 test-all: $(VENV)/.dev-installed
 	$(pytest) -m "" $(ARGS)
+
+# The slow half of the tests of strategies, kept: the README's table is made from it.
+parity: record := profiles/records/parity
+parity: $(VENV)/.dev-installed
+	mkdir -p $(record)
+	rm -f $(record)/errors.jsonl
+	LIT_SYMOPT_PARITY=$(CURDIR)/$(record)/errors.jsonl OMP_NUM_THREADS=1 $(run)/python -m pytest -m slow tests/sharding/test_parity_all.py $(ARGS)
+	$(run)/python profiles/parity.py > $(record)/README.md
 
 dev: $(VENV)/.dev-installed
 
