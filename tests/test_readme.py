@@ -93,6 +93,14 @@ def test_a_sharded_run_becomes_one_file_and_goes_on_under_another_strategy(tmp_p
         run_in(tmp_path, command if "checkpoint" in command else [*command, *steps])
 
 
+def test_the_errors_in_the_readme_are_those_of_the_record() -> None:
+    made = subprocess.run(
+        [sys.executable, "profiles/parity.py", "--table"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    (shown,) = re.findall(r"<!-- parity -->\n(.*?)<!-- /parity -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown.strip() == made.strip()
+
+
 def is_strategy(command: list[str]) -> bool:
     return "checkpoint" in command or any("configs/strategy/" in argument for argument in command)
 

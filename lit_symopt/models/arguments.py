@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
+from importlib import import_module
 from inspect import signature
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_symopt.errors import ConfigError
 from lit_symopt.models.deferred import Deferred
-from lit_symopt.models.materialize import active_zero_init
+from lit_symopt.models.materialize import active_zero_init, outside_zero_init
 from lit_symopt.models.pretrained import load_pretrained, read_config
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Experts = Literal["eager", "grouped_mm"]
 Entries = Mapping[str, Any]
+
+
+def transformers_class(name: str) -> type[PreTrainedModel]:
+    """A model class of transformers; its file is imported outside `zero.Init`, which changes classes defined inside."""
+    with outside_zero_init():
+        found: type[PreTrainedModel] = getattr(import_module("transformers"), name)
+    return found
 
 
 def build_model(

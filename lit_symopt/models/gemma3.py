@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_symopt.blocks import BlockTaxonomy
 from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import ConfigError
-from lit_symopt.models.arguments import Attention, Entries, build_model
+from lit_symopt.models.arguments import Attention, Entries, build_model, transformers_class
 from lit_symopt.models.causal_lm import DEFAULT_SYMOPT, LitCausalLM
 from lit_symopt.models.shared_blocks import GATED_MLP, RESIDUAL_NORMS, attention_blocks, vocabulary_blocks
 
@@ -102,8 +102,6 @@ class Gemma3(LitCausalLM):
         deferred: bool = False,
         symopt: SymOptConfig = DEFAULT_SYMOPT,
     ) -> None:
-        from transformers import Gemma3ForCausalLM
-
         entries: dict[str, Any] = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -125,7 +123,7 @@ class Gemma3(LitCausalLM):
             "attention_dropout": attention_dropout,
         }
         model = build_model(
-            Gemma3ForCausalLM,
+            transformers_class("Gemma3ForCausalLM"),
             entries,
             family=Gemma3,
             configure=_configure,

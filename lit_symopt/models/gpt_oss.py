@@ -14,7 +14,7 @@ from lit_symopt.blocks import RESIDUAL, Action, Block, BlockTaxonomy, Role
 from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import ConfigError
 from lit_symopt.layout import Layout
-from lit_symopt.models.arguments import Entries, Experts, build_model
+from lit_symopt.models.arguments import Entries, Experts, build_model, transformers_class
 from lit_symopt.models.causal_lm import DEFAULT_SYMOPT
 from lit_symopt.models.moe import LitMoECausalLM, router_blocks
 from lit_symopt.models.shared_blocks import RESIDUAL_NORMS, attention_blocks, vocabulary_blocks
@@ -138,8 +138,6 @@ class GptOss(LitMoECausalLM):
         deferred: bool = False,
         symopt: SymOptConfig = DEFAULT_SYMOPT,
     ) -> None:
-        from transformers import GptOssForCausalLM
-
         entries: dict[str, Any] = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -163,7 +161,7 @@ class GptOss(LitMoECausalLM):
             "attention_dropout": attention_dropout,
         }
         model = build_model(
-            GptOssForCausalLM,
+            transformers_class("GptOssForCausalLM"),
             entries,
             family=GptOss,
             configure=_configure,

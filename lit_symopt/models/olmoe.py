@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_symopt.blocks import Action, Block, BlockTaxonomy, Role
 from lit_symopt.config import SymOptConfig
 from lit_symopt.layout import Layout
-from lit_symopt.models.arguments import Attention, Entries, Experts, build_model
+from lit_symopt.models.arguments import Attention, Entries, Experts, build_model, transformers_class
 from lit_symopt.models.causal_lm import DEFAULT_SYMOPT
 from lit_symopt.models.moe import LitMoECausalLM, router_blocks
 from lit_symopt.models.shared_blocks import RESIDUAL_NORMS, attention_blocks, vocabulary_blocks
@@ -128,8 +128,6 @@ class OLMoE(LitMoECausalLM):
         deferred: bool = False,
         symopt: SymOptConfig = DEFAULT_SYMOPT,
     ) -> None:
-        from transformers import OlmoeForCausalLM
-
         entries: dict[str, Any] = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -148,7 +146,7 @@ class OLMoE(LitMoECausalLM):
             "attention_dropout": attention_dropout,
         }
         model = build_model(
-            OlmoeForCausalLM,
+            transformers_class("OlmoeForCausalLM"),
             entries,
             family=OLMoE,
             configure=_configure,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_symopt.blocks import BlockTaxonomy
 from lit_symopt.config import SymOptConfig
-from lit_symopt.models.arguments import Attention, Entries, build_model
+from lit_symopt.models.arguments import Attention, Entries, build_model, transformers_class
 from lit_symopt.models.causal_lm import DEFAULT_SYMOPT, LitCausalLM
 from lit_symopt.models.shared_blocks import GATED_MLP, RESIDUAL_NORMS, attention_blocks, vocabulary_blocks
 
@@ -87,8 +87,6 @@ class Qwen3(LitCausalLM):
         deferred: bool = False,
         symopt: SymOptConfig = DEFAULT_SYMOPT,
     ) -> None:
-        from transformers import Qwen3ForCausalLM
-
         entries: dict[str, Any] = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -105,7 +103,7 @@ class Qwen3(LitCausalLM):
             "attention_dropout": attention_dropout,
         }
         model = build_model(
-            Qwen3ForCausalLM,
+            transformers_class("Qwen3ForCausalLM"),
             entries,
             family=Qwen3,
             configure=_configure,

@@ -7,7 +7,8 @@ them in the same order, and therefore make the same collectives in the same orde
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -36,7 +37,12 @@ class Exchange:
     """
 
     def __init__(self, plan: Plan, transport: Transport, segments: Mapping[str, Segment]) -> None:
-        kinds = {Route.LOCAL: _Local, Route.OWNER: _Owner, Route.ROWS: _Rows, Route.GRAM: _Rows}
+        kinds: dict[Route, Callable[..., _Batch]] = {
+            Route.LOCAL: _Local,
+            Route.OWNER: _Owner,
+            Route.ROWS: _Rows,
+            Route.GRAM: _Rows,
+        }
         rounds = [kinds[one.route](one, transport, segments) for one in plan.rounds]
         # One exchange is under way before anything is computed.
         moving = [one for one in rounds if isinstance(one, _Owner)]
@@ -74,7 +80,7 @@ class _View:
         return flats[self.block][self.start : self.stop]
 
 
-class _Batch:
+class _Batch(ABC):
     """What the routes have in common."""
 
     def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment]) -> None:
@@ -82,8 +88,9 @@ class _Batch:
         self.rank, self.device = transport.rank, transport.device
         self.options = one.named_options()
 
+    @abstractmethod
     def run(self, directions: Flats, updates: Flats) -> Iterator[None]:
-        raise NotImplementedError
+        """Fill this rank's updates; yields where it waits for others."""
 
     def view(self, cell: Cell, start: int, stop: int) -> _View:
         """Where elements `[start, stop)` of a cell lie on this rank."""

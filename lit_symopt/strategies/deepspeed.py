@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -59,6 +60,19 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         assert self.config is not None
         _complete(self.config)
         self._from_file = False
+
+    def setup_environment(self) -> None:
+        """Lightning's, for GPUs.
+
+        Raises:
+            ConfigError: on anything else.
+        """
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            raise ConfigError(
+                f"{type(self).__name__} needs GPUs and the Trainer has a {type(self.accelerator).__name__}; on "
+                "processes of a CPU use lit_symopt.strategies.CPUDeepSpeedStrategy (configs/strategy/cpu/)"
+            )
+        super().setup_environment()
 
     # -- steps ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ one process that accumulates the micro-batches of all ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,12 @@ def test_three_ranks(runs: Runs, case: Case) -> None:
 @each(settings())
 def test_settings_of_a_strategy(runs: Runs, case: Case) -> None:
     holds(runs, case)
+
+
+@pytest.mark.parametrize("work", dict.fromkeys(case.work for case in settings() if case.work.clip))
+def test_clipping_is_felt(work: Work) -> None:
+    off = distances(oracle(work), oracle(replace(work, clip=0.0)))
+    assert max(off.values()) > 1000 * TOLERANCE  # vectors, by AdamW, do not feel it
 
 
 @each(control())

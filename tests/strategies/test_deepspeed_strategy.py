@@ -205,3 +205,15 @@ def test_a_save_that_is_killed_leaves_what_was_there(
     for one in ranks[2](fit, stage, STEPS, devices=2, resume=resume, save=save):
         assert (one["error"], one["step"]) == ("", STEPS)
     assert {entry.name for entry in tmp_path.iterdir()} == {"old.ckpt", name}
+
+
+def test_on_a_cpu_the_strategy_for_cpus_is_named() -> None:
+    from lightning.pytorch.accelerators import CPUAccelerator
+
+    from lit_symopt.errors import ConfigError
+    from lit_symopt.strategies import DeepSpeedStrategy
+
+    strategy = DeepSpeedStrategy(stage=2)
+    strategy.accelerator = CPUAccelerator()
+    with pytest.raises(ConfigError, match=r"needs GPUs.*CPUAccelerator.*CPUDeepSpeedStrategy"):
+        strategy.setup_environment()
