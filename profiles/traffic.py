@@ -162,7 +162,11 @@ def plans_of(optimizer: Any, *, strategy: str, world: int, device_type: str = "c
             calls.append(blocks)
     if not strategy.startswith("ZeRO"):  # DeepSpeed steps by groups, the others with all at once
         calls = [[block for blocks in calls for block in blocks]]
-    return [make_plan(blocks, world=world, device_type=device_type) for blocks in calls]
+    plans, work = [], [0] * world
+    for blocks in calls:
+        plans.append(make_plan(blocks, world=world, device_type=device_type, carried=work))
+        work = [a + b for a, b in zip(work, plans[-1].work(), strict=True)]
+    return plans
 
 
 def _held(shapes: Sequence[Shape], *, strategy: str, world: int) -> list[tuple[tuple[int, int], ...]]:
