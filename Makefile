@@ -19,7 +19,7 @@ help:
 	@echo "make compare   print the comparison of stacks on the quick start recipe, after the runs that are missing"
 	@echo "make test      run the tests (JOBS=2, ARGS='tests/rules')"
 	@echo "make test-all  run the slow tests too, and those for a GPU where there is one"
-	@echo "make parity    compare every strategy with one process, and write the record (half an hour)"
+	@echo "make parity    compare every strategy with one process, and write the record (ten minutes)"
 	@echo "make dev       install for development"
 	@echo "make lint      check style and types"
 	@echo "make clean     remove caches and built files; the environment $(VENV) stays"
