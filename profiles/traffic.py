@@ -478,13 +478,16 @@ def environment() -> str:
     """Device, versions and commit of a record."""
     import deepspeed
 
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("describe", "--always", "--exclude=*") or "unknown"
+    if git("status", "--porcelain", "--", ".", ":(exclude)profiles/records"):  # what this script writes lies there
+        commit += "-dirty"
     return (
         f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a process; torch "
         f"{torch.__version__.split('+')[0]}; DeepSpeed {deepspeed.__version__}; Python {platform.python_version()}; "
-        f"commit {described.stdout.strip() or 'unknown'}"
+        f"commit {commit}"
     )
 
 

@@ -250,7 +250,7 @@ def make_plan(
         world: number of ranks.
         device_type: where updates are computed; it decides how `precision: auto` finds polar factors.
         carried: work of each rank in the other calls of the same training step: among ranks that are level in this
-            call, the one with the least gets the next matrix.
+            call and hold equally much of a matrix, the one with the least gets it.
 
     Example:
         >>> from lit_symopt.sharding.holdings import Placement
@@ -437,7 +437,7 @@ def _owners(
                 loads[stretch.rank] += cost * len(stretch) // max(cell.numel, 1)
     owned = {}
     for cost, cell in sorted(waiting, key=lambda pair: -pair[0]):  # stable: equal on every rank
-        owner = min(cell.held, key=lambda held: (loads[held.rank], carried[held.rank], -len(held), held.rank)).rank
+        owner = min(cell.held, key=lambda held: (loads[held.rank], -len(held), carried[held.rank], held.rank)).rank
         loads[owner] += cost
         owned[cell.block, cell.start] = replace(cell, owner=owner)
     return owned
