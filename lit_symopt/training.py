@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from time import time
 from typing import Any, TypeVar
 
@@ -72,7 +73,18 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise said_by_us(error) or error from None
+            raise said_by_us(error) or self._said_by_strategy() or error from None
+
+    def _said_by_strategy(self) -> SymOptError | None:
+        """Why a strategy of ours cannot be built: jsonargparse keeps no cause where a type has alternatives."""
+        strategy = self._get(self.config, "trainer.strategy")
+        path = str(getattr(strategy, "class_path", ""))
+        if path.startswith("lit_symopt."):
+            try:
+                resolve_name(path)(**strategy.init_args.as_dict())
+            except SymOptError as error:
+                return error
+        return None
 
     def after_instantiate_classes(self) -> None:
         """Finds and checks the checkpoint, and sees to it that those of this run are written whole."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -123,3 +125,16 @@ def test_an_overlay_runs_as_its_header_says(recipe: Path, name: str, tmp_path: P
     limits = ("--trainer.limit_val_batches", "1", "--data.batch_size", "2", "--model.symopt.schedule.warmup_steps", "0")
     logged = run(tmp_path, name, str(recipe), *limits)
     assert 0.0 < logged["val/loss", 2] < 9.0
+
+
+@pytest.mark.deepspeed
+def test_what_a_strategy_refuses_is_said_without_a_traceback(tmp_path: Path) -> None:
+    config = '{"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}'
+    arguments = [sys.executable, "-m", "lit_symopt", "fit"]
+    for recipe in ("quickstart.yaml", "strategy/cpu/zero2.yaml"):
+        arguments += ["--config", str(CONFIGS / recipe)]
+    arguments += ["--trainer.strategy.init_args.config", config]
+    result = subprocess.run(arguments, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "the DeepSpeed config has an optimizer of its own, 'Adam'" in result.stderr
+    assert "Traceback" not in result.stderr
