@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_symopt.checkpoint.stretches import put, take
 from lit_symopt.errors import CheckpointError
 from lit_symopt.groups import MEANING
+from lit_symopt.update import local_part
 
 if TYPE_CHECKING:
     from lit_symopt.optim import SymOpt
@@ -214,7 +215,7 @@ def _fill(
                 if whole is None
                 else take(whole, dim=dim, start=segment.start, stop=segment.stop)
             )
-            put(_local(target), piece, dim=dim, start=segment.offset)
+            put(local_part(target), piece, dim=dim, start=segment.offset)
     if "step" in own:
         own["step"].fill_(_steps([placement.name for placement in holding.placements], state))
 
@@ -231,12 +232,6 @@ def _steps(names: Sequence[str], state: Mapping[str, Mapping[str, Tensor]]) -> f
             stacklevel=4,
         )
     return most
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lies on this rank; any other tensor is its own."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if callable(to_local) else tensor
 
 
 def _adopt(own_groups: Iterable[dict[str, Any]], saved_groups: Iterable[Mapping[str, Any]]) -> None:
