@@ -27,3 +27,7 @@ class CheckpointError(SymOptError):
 
 class DataError(SymOptError):
     """Text, a token shard or a cache folder that cannot be used."""
+
+
+class ProfileError(SymOptError):
+    """A trace or a record of a profile that cannot be read, written or compared."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_symopt.errors import GradientError
+from lit_symopt.ranges import FINITE, phase
 
 
 class FiniteCheck:
@@ -82,10 +83,12 @@ def undone_unless(admitted: Tensor | None, tensors: Sequence[Tensor]) -> Iterato
     if admitted is None:
         yield
         return
-    before = [tensor.clone() for tensor in tensors]
+    with phase(FINITE, "check"):
+        before = [tensor.clone() for tensor in tensors]
     yield
-    for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(torch.where(admitted.to(tensor.device, non_blocking=True), tensor, old))
+    with phase(FINITE, "check"):
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(admitted.to(tensor.device, non_blocking=True), tensor, old))
 
 
 def _raise_for(names: Sequence[str], finite: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,8 +19,10 @@ from lit_symopt.errors import CheckpointError, ConfigError, GradientError
 from lit_symopt.explain import explain
 from lit_symopt.finite import FiniteCheck, undone_unless
 from lit_symopt.groups import DEFAULTS, MEANING, validate_group
+from lit_symopt.ranges import EVERYTHING, FINITE, Subject, phase
+from lit_symopt.ranges import step as range_of_step
 from lit_symopt.stacks import settings_for
-from lit_symopt.update import Member, local_part, make_state, update
+from lit_symopt.update import Member, local_part, make_state, subject_of, update
 
 if TYPE_CHECKING:
     from lit_symopt.sharding.holdings import Distribution
@@ -135,23 +138,32 @@ class SymOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = self._with_gradients()
+        with range_of_step():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        with phase(EVERYTHING, "prepare"):
+            found = self._with_gradients()
         if not found and any(parameter.numel() for group in self.param_groups for parameter in group["params"]):
             warnings.warn(
                 "no parameter of the optimizer has a gradient, so this step does nothing. Call backward before it; if "
                 "you do, the module has other parameters by now: build SymOpt after fully_shard, .to() or the like.",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self._distributed is not None:
             self._distributed_step(self._distributed, found)
-            return loss
-        admitted = self._finite.admit([name for name, _, _ in found], [_gradient(p) for _, p, _ in found])
-        members = [self._member(name, parameter, group) for name, parameter, group in found]
-        for bucket in self._buckets(members):
+            return
+        with phase(FINITE, "check"):
+            admitted = self._finite.admit([name for name, _, _ in found], [_gradient(p) for _, p, _ in found])
+        with phase(EVERYTHING, "prepare"):
+            members = [self._member(name, parameter, group) for name, parameter, group in found]
+            buckets = self._buckets(members)
+        for bucket in buckets:
             with undone_unless(admitted, [tensor for member in bucket for tensor in member.touched()]):
                 update(bucket)
-        self._remember_versions(members)
-        return loss
+        with phase(EVERYTHING, "prepare"):
+            self._remember_versions(members)
 
     def check(self) -> None:
         """Wait for the device and raise the error of a step that met a non-finite gradient, if one did."""
@@ -242,12 +254,16 @@ class SymOpt(torch.optim.Optimizer):
             self.attach()
 
     def _distributed_step(self, step: DistributedStep, found: list[tuple[str, Tensor, dict[str, Any]]]) -> None:
-        admitted = self._agreed(step, found)
-        members = [self._member(name, parameter, group) for name, parameter, group in found]
-        for member in members:
-            make_state(member)
-        step([(step.holding(member.parameter), member) for member in members], admitted)
-        self._remember_versions(members)
+        with phase(FINITE, "check"):
+            admitted = self._agreed(step, found)
+        with phase(EVERYTHING, "prepare"):
+            members = [self._member(name, parameter, group) for name, parameter, group in found]
+            for member in members:
+                make_state(member)
+            held = [(step.holding(member.parameter), member) for member in members]
+        step(held, admitted)
+        with phase(EVERYTHING, "prepare"):
+            self._remember_versions(members)
 
     def _agreed(self, step: DistributedStep, found: list[tuple[str, Tensor, dict[str, Any]]]) -> Tensor | None:
         """Whether all ranks take the step; raises on all of them alike if not."""
@@ -275,14 +291,20 @@ class SymOpt(torch.optim.Optimizer):
     def _member(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Member:
         """A parameter with its arithmetic dtype, and its master if it needs one."""
         weight, gradient = self._weight(parameter, group), _whole_sum(_gradient(parameter), parameter)
-        if gradient.dtype != weight.dtype:
-            gradient = gradient.to(weight.dtype)
-        return Member(name, gradient, weight, parameter, group, self.state[parameter])
+        member = Member(name, gradient, weight, parameter, group, self.state[parameter])
+        if gradient.dtype == weight.dtype:
+            return member
+        with phase(partial(subject_of, [member]), "momentum"):
+            return replace(member, gradient=gradient.to(weight.dtype))
 
     def _weight(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         """What is updated for a parameter: itself, or the fp32 master of one in half precision."""
         if parameter.dtype not in _HALF:
             return parameter
+        with phase(partial(_master_subject, parameter, group), "momentum"):
+            return self._master(parameter, group)
+
+    def _master(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         if not group["master_weights"]:
             return parameter.float()
         master: Tensor | None = self.state[parameter].get("master")
@@ -435,6 +457,10 @@ def _whole_sum(gradient: Any, parameter: Any) -> Tensor:
     if placements is None or gradient.placements == placements:
         return gradient  # type: ignore[no-any-return]
     return gradient.redistribute(placements=placements)  # type: ignore[no-any-return]
+
+
+def _master_subject(parameter: Tensor, group: Mapping[str, Any]) -> Subject:
+    return Subject(rule=group["rule"], elements={str(group["role"]): parameter.numel()}, shape=tuple(parameter.shape))
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ number of operations does not grow with the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout
+from lit_symopt.ranges import EVERYTHING, Subject, phase
 from lit_symopt.rules import ema_, get_rule, nesterov_, project, scale_factor
 from lit_symopt.rules.rows import WHOLE, Rows
 
@@ -69,6 +71,18 @@ class Member:
         return [*self.state.values(), *self.written()]
 
 
+def subject_of(members: Sequence[Member]) -> Subject:
+    """What a range says of members of one rule: elements by role, and the shape of the batch."""
+    elements: dict[str, int] = {}
+    for member in members:
+        role = str(member.group["role"])
+        elements[role] = elements.get(role, 0) + member.weight.numel()
+    first = members[0]
+    alike = all(member.weight.shape == first.weight.shape for member in members)
+    shape = (len(members), *first.weight.shape) if alike else (sum(elements.values()),)
+    return Subject(rule=first.group["rule"], elements=elements, shape=shape)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; shares its storage."""
     to_local = getattr(tensor, "to_local", None)
@@ -97,14 +111,19 @@ def update(bucket: Sequence[Member]) -> None:
     if first.group["rule"] == "adamw" and not first.group["centered"]:
         update_elements(bucket)
         return
+    of = partial(subject_of, bucket)
     layout, shape = layout_of(first.group, first.weight.shape), first.weight.shape
-    stack = torch.stack(directions(bucket))
-    apply(bucket, list(direction_to_update(stack, group=first.group, layout=layout, shape=shape).unbind()))
+    found = directions(bucket)
+    with phase(of, "pack"):
+        stack = torch.stack(found)
+    updates = direction_to_update(stack, group=first.group, layout=layout, shape=shape, of=of)
+    apply(bucket, list(updates.unbind()))
 
 
 def update_elements(bucket: Sequence[Member]) -> None:
     """AdamW as it is, element by element: shapes do not matter."""
-    _adamw_step(bucket, [member.weight for member in bucket], bucket[0].group["weight_decay"])
+    with phase(partial(subject_of, bucket), "rule"):
+        _adamw_step(bucket, [member.weight for member in bucket], bucket[0].group["weight_decay"])
     _write_back(bucket)
 
 
@@ -116,33 +135,44 @@ def directions(bucket: Sequence[Member]) -> list[Tensor]:
     """
     first = bucket[0]
     if first.group["rule"] == "adamw":
-        steps = [torch.zeros_like(member.weight) for member in bucket]
-        _adamw_step(bucket, steps, 0.0)
+        with phase(partial(subject_of, bucket), "momentum"):
+            steps = [torch.zeros_like(member.weight) for member in bucket]
+            _adamw_step(bucket, steps, 0.0)
         return steps
     gradients = [member.gradient for member in bucket]
     if first.group["momentum"] == 0.0:
         return gradients
     accumulate = nesterov_ if first.group["momentum_kind"] == "nesterov" else ema_
-    return accumulate([member.state["momentum_buffer"] for member in bucket], gradients, first.group["momentum"])
+    with phase(partial(subject_of, bucket), "momentum"):
+        return accumulate([member.state["momentum_buffer"] for member in bucket], gradients, first.group["momentum"])
 
 
 def apply(bucket: Sequence[Member], updates: list[Tensor]) -> None:
     """The half of a step after the rule, element by element: `W ← (1 − lr·wd) W − lr·radius·scale·U`."""
     weights, groups = [member.weight for member in bucket], [member.group for member in bucket]
-    torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
-    if groups[0]["rule"] != "adamw":
-        updates = list(torch._foreach_mul(updates, [-group["lr"] * group["radius"] for group in groups]))
-    torch._foreach_add_(weights, updates)
+    with phase(partial(subject_of, bucket), "write"):
+        torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
+        if groups[0]["rule"] != "adamw":
+            updates = list(torch._foreach_mul(updates, [-group["lr"] * group["radius"] for group in groups]))
+        torch._foreach_add_(weights, updates)
     _write_back(bucket)
 
 
 def _write_back(bucket: Sequence[Member]) -> None:
     masters = [member for member in bucket if member.weight is not member.parameter]
     if masters:
-        torch._foreach_copy_([member.parameter for member in masters], [member.weight for member in masters])
+        with phase(partial(subject_of, masters), "write"):
+            torch._foreach_copy_([member.parameter for member in masters], [member.weight for member in masters])
 
 
-def direction_to_update(direction: Tensor, *, group: Mapping[str, Any], layout: Layout, shape: Sequence[int]) -> Tensor:
+def direction_to_update(
+    direction: Tensor,
+    *,
+    group: Mapping[str, Any],
+    layout: Layout,
+    shape: Sequence[int],
+    of: Callable[[], Subject] | Subject = EVERYTHING,
+) -> Tensor:
     """Rule and scale for a stack of equal parameters.
 
     Args:
@@ -150,19 +180,29 @@ def direction_to_update(direction: Tensor, *, group: Mapping[str, Any], layout: 
         group: options of the rule.
         layout: how each `[*shape]` holds its matrices.
         shape: of one parameter.
+        of: what the ranges of a profiler say of the stack.
 
     Returns:
         `scale · U`, `[K, *shape]`.
     """
+    with phase(of, "pack"):
+        batches = layout.to_matrices(direction, batch_dims=1)
     updates = [
-        matrices_to_update(matrices, options=group, fan_out=part.fan_out, fan_in=part.fan_in)
-        for part, matrices in zip(layout.parts(shape), layout.to_matrices(direction, batch_dims=1), strict=True)
+        matrices_to_update(matrices, options=group, fan_out=part.fan_out, fan_in=part.fan_in, of=of)
+        for part, matrices in zip(layout.parts(shape), batches, strict=True)
     ]
-    return layout.from_matrices(updates, shape, batch_dims=1)
+    with phase(of, "pack"):
+        return layout.from_matrices(updates, shape, batch_dims=1)
 
 
 def matrices_to_update(
-    matrices: Tensor, *, options: Mapping[str, Any], fan_out: int, fan_in: int, rows: Rows = WHOLE
+    matrices: Tensor,
+    *,
+    options: Mapping[str, Any],
+    fan_out: int,
+    fan_in: int,
+    rows: Rows = WHOLE,
+    of: Callable[[], Subject] | Subject = EVERYTHING,
 ) -> Tensor:
     """`scale · U` of a batch of matrices `[..., m, n]`; for centered AdamW, whose step they are, its projection.
 
@@ -171,26 +211,30 @@ def matrices_to_update(
         options: rule, scale and their options, as in a group.
         fan_out, fan_in: of each matrix as a linear map.
         rows: where the other rows of the matrices are, if not all are here.
+        of: what the ranges of a profiler say of the matrices.
     """
     if options["rule"] == "adamw":
-        return project(matrices, rows=rows)
+        with phase(of, "rule"):
+            return project(matrices, rows=rows)
     rule = get_rule(options["rule"])
     of_the_rule = {key: options[key] for key in ("centered", "precision", "eps", "row_damping")}
-    update = rule.function(matrices, **of_the_rule, rows=rows)
-    factor = scale_factor(
-        options["scale"],
-        rule=rule,
-        momentum=matrices,
-        update=update,
-        fan_out=fan_out,
-        fan_in=fan_in,
-        alpha=1.0 if options["alpha"] is None else options["alpha"],
-        centered=options["centered"],
-        eps=options["eps"],
-        row_damping=options["row_damping"],
-        rows=rows,
-    )
-    return update * factor
+    with phase(of, "rule"):
+        update = rule.function(matrices, **of_the_rule, rows=rows)
+    with phase(of, "scale"):
+        factor = scale_factor(
+            options["scale"],
+            rule=rule,
+            momentum=matrices,
+            update=update,
+            fan_out=fan_out,
+            fan_in=fan_in,
+            alpha=1.0 if options["alpha"] is None else options["alpha"],
+            centered=options["centered"],
+            eps=options["eps"],
+            row_damping=options["row_damping"],
+            rows=rows,
+        )
+        return update * factor
 
 
 def _adamw_step(bucket: Sequence[Member], weights: list[Tensor], weight_decay: float) -> None:

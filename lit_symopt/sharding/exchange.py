@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_symopt.ranges import Subject, phase
 from lit_symopt.rules import get_rule
 from lit_symopt.rules.rows import RowShards
 from lit_symopt.sharding.holdings import Segment
@@ -87,6 +88,7 @@ class _Batch(ABC):
         self.round, self.transport, self.segments = one, transport, segments
         self.rank, self.device = transport.rank, transport.device
         self.options = one.named_options()
+        self.of = _subject(one)
 
     @abstractmethod
     def run(self, directions: Flats, updates: Flats) -> Iterator[None]:
@@ -102,7 +104,7 @@ class _Batch(ABC):
         shape, dim = self.round.shape, self.round.dim
         stored = (shape[dim], *shape[:dim], *shape[dim + 1 :])
         direction = flat.view(len(flat), *stored).movedim(1, dim + 1)
-        update = direction_to_update(direction, group=self.options, layout=self.round.layout, shape=shape)
+        update = direction_to_update(direction, group=self.options, layout=self.round.layout, shape=shape, of=self.of)
         return update.movedim(dim + 1, 1).reshape(len(flat), prod(shape))
 
 
@@ -127,24 +129,26 @@ class _Local(_Batch):
 
     def run(self, directions: Flats, updates: Flats) -> Iterator[None]:
         if self.views:
-            flat = _joined([view.of(directions) for view in self.views], self.device)
+            with phase(self.of, "pack"):
+                flat = _joined([view.of(directions) for view in self.views], self.device)
             if self.coordinate:
                 # One factor for all: such scales depend on the fans alone, which the parts of a cell share.
                 part = self.round.layout.parts(self.round.shape)[0]
                 update = matrices_to_update(
-                    flat.view(1, -1), options=self.options, fan_out=part.fan_out, fan_in=part.fan_in
+                    flat.view(1, -1), options=self.options, fan_out=part.fan_out, fan_in=part.fan_in, of=self.of
                 )
             else:
                 update = self.update_of(flat.view(-1, prod(self.round.shape)))
-            _deal(update.reshape(-1), [view.of(updates) for view in self.views])
+            with phase(self.of, "pack"):
+                _deal(update.reshape(-1), [view.of(updates) for view in self.views])
         yield from ()  # nothing to wait for
 
 
 class _Parcels:
     """What is sent in one exchange, in the order of the cells for each pair of ranks."""
 
-    def __init__(self, moved: Sequence[tuple[Cell, Fragment]], transport: Transport) -> None:
-        self.transport = transport
+    def __init__(self, moved: Sequence[tuple[Cell, Fragment]], transport: Transport, of: Subject) -> None:
+        self.transport, self.of = transport, of
         self.any = bool(moved)  # on some rank, so that all take part
         rank = transport.rank
         self.outgoing = sorted((pair for pair in moved if pair[1].source == rank), key=lambda pair: pair[1].target)
@@ -158,8 +162,15 @@ class _Parcels:
 
     def send(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Pending:
         """Starts sending the pieces of `outgoing`."""
-        flat = torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=dtype)
-        return self.transport.all_to_all(flat, sizes_out=self.sizes_out, sizes_in=self.sizes_in)
+        with phase(self.of, "pack"):
+            flat = torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=dtype)
+        with phase(self.of, "communication"):
+            return self.transport.all_to_all(flat, sizes_out=self.sizes_out, sizes_in=self.sizes_in)
+
+    def receive(self, pending: Pending) -> Tensor:
+        """What was sent to this rank."""
+        with phase(self.of, "communication"):
+            return pending.wait()
 
 
 class _Owner(_Batch):
@@ -170,8 +181,8 @@ class _Owner(_Batch):
         self.numel = prod(one.shape)
         self.mine = [cell for cell in one.cells if cell.owner == self.rank]
         place = {id(cell): index * self.numel for index, cell in enumerate(self.mine)}
-        self.lend = _Parcels([(cell, fragment) for cell in one.cells for fragment in cell.lent()], transport)
-        self.give = _Parcels([(cell, fragment) for cell in one.cells for fragment in cell.returned()], transport)
+        self.lend = _Parcels([(cell, fragment) for cell in one.cells for fragment in cell.lent()], transport, self.of)
+        self.give = _Parcels([(cell, fragment) for cell in one.cells for fragment in cell.returned()], transport, self.of)
         self.lent = [self.view(cell, fragment.start, fragment.stop) for cell, fragment in self.lend.outgoing]
         self.taken = [self.view(cell, fragment.start, fragment.stop) for cell, fragment in self.give.incoming]
         self.arriving = [_within(place[id(cell)], fragment) for cell, fragment in self.lend.incoming]
@@ -186,17 +197,21 @@ class _Owner(_Batch):
             arriving = self.lend.send([view.of(directions) for view in self.lent], self.round.dtype)
             yield
         update = torch.empty(len(self.mine) * self.numel, dtype=self.round.dtype, device=self.device)
-        received = update[:0] if arriving is None else arriving.wait()
+        received = update[:0] if arriving is None else self.lend.receive(arriving)
         if self.mine:
-            stack = torch.empty_like(update)
-            _copy([stack[where] for where in self.own_places], [view.of(directions) for view in self.own])
-            _deal(received, [stack[where] for where in self.arriving])
+            with phase(self.of, "pack"):
+                stack = torch.empty_like(update)
+                _copy([stack[where] for where in self.own_places], [view.of(directions) for view in self.own])
+                _deal(received, [stack[where] for where in self.arriving])
             update = self.update_of(stack.view(len(self.mine), self.numel)).reshape(-1)
-            _copy([view.of(updates) for view in self.own], [update[where] for where in self.own_places])
+            with phase(self.of, "pack"):
+                _copy([view.of(updates) for view in self.own], [update[where] for where in self.own_places])
         if self.give.any:
             returning = self.give.send([update[where] for where in self.leaving], self.round.dtype)
             yield
-            _deal(returning.wait(), [view.of(updates) for view in self.taken])
+            received = self.give.receive(returning)
+            with phase(self.of, "pack"):
+                _deal(received, [view.of(updates) for view in self.taken])
 
 
 class _Rows(_Batch):
@@ -217,8 +232,8 @@ class _Rows(_Batch):
         # Where a cell would begin in the stack, if its first rows were there too.
         place = {id(cell): (index * most - cell.rows[self.rank][0]) * n for index, cell in enumerate(one.cells)}
         fragments = [(cell, fragment) for cell in one.cells for fragment in cell.fragments]
-        self.lend = _Parcels(fragments, transport)
-        self.give = _Parcels([(cell, fragment.back()) for cell, fragment in fragments], transport)
+        self.lend = _Parcels(fragments, transport, self.of)
+        self.give = _Parcels([(cell, fragment.back()) for cell, fragment in fragments], transport, self.of)
         self.lent = [self.view(cell, fragment.start, fragment.stop) for cell, fragment in self.lend.outgoing]
         self.taken = [self.view(cell, fragment.start, fragment.stop) for cell, fragment in self.give.incoming]
         self.arriving = [_within(place[id(cell)], fragment) for cell, fragment in self.lend.incoming]
@@ -228,27 +243,43 @@ class _Rows(_Batch):
         self.own_places = [_within(place[id(cell)], stretch) for cell, stretch in own]
 
     def run(self, directions: Flats, updates: Flats) -> Iterator[None]:
-        stack = torch.zeros(prod(self.size), dtype=self.round.dtype, device=self.device)
-        _copy([stack[where] for where in self.own_places], [view.of(directions) for view in self.own])
+        with phase(self.of, "pack"):
+            stack = torch.zeros(prod(self.size), dtype=self.round.dtype, device=self.device)
+            _copy([stack[where] for where in self.own_places], [view.of(directions) for view in self.own])
         if self.lend.any:
             arriving = self.lend.send([view.of(directions) for view in self.lent], self.round.dtype)
             yield
-            _deal(arriving.wait(), [stack[where] for where in self.arriving])
+            received = self.lend.receive(arriving)
+            with phase(self.of, "pack"):
+                _deal(received, [stack[where] for where in self.arriving])
         update = matrices_to_update(
             stack.view(self.size),
             options=self.options,
             fan_out=self.part.fan_out,
             fan_in=self.part.fan_in,
             rows=RowShards(count=self.part.m, valid=self.valid, all_reduce=self._all_reduce),
+            of=self.of,
         ).reshape(-1)
-        _copy([view.of(updates) for view in self.own], [update[where] for where in self.own_places])
+        with phase(self.of, "pack"):
+            _copy([view.of(updates) for view in self.own], [update[where] for where in self.own_places])
         if self.give.any:
             returning = self.give.send([update[where] for where in self.leaving], self.round.dtype)
             yield
-            _deal(returning.wait(), [view.of(updates) for view in self.taken])
+            received = self.give.receive(returning)
+            with phase(self.of, "pack"):
+                _deal(received, [view.of(updates) for view in self.taken])
 
     def _all_reduce(self, x: Tensor, op: Literal["sum", "max"]) -> Tensor:
-        return self.transport.all_reduce(torch.zeros_like(x) if self.is_copy else x, op)
+        with phase(self.of, "communication"):
+            return self.transport.all_reduce(torch.zeros_like(x) if self.is_copy else x, op)
+
+
+def _subject(one: Round) -> Subject:
+    """What a profiler's ranges say of a round: all its cells, whoever computes them."""
+    elements: dict[str, int] = {}
+    for cell in one.cells:
+        elements[cell.role] = elements.get(cell.role, 0) + cell.numel
+    return Subject(rule=one.named_options()["rule"], elements=elements, shape=(len(one.cells), *one.shape))
 
 
 def _is_copy(cell: Cell, rank: int) -> bool:

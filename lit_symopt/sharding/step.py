@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_symopt.errors import ConfigError
 from lit_symopt.finite import undone_unless
 from lit_symopt.groups import layout_of
+from lit_symopt.ranges import EVERYTHING, FINITE, phase
 from lit_symopt.sharding.exchange import Exchange
 from lit_symopt.sharding.holdings import Distribution, Holding, Placement
 from lit_symopt.sharding.plan import OPTIONS, Block, Plan, make_plan
@@ -89,7 +90,8 @@ class DistributedStep:
 
     def agree(self, bad: Tensor) -> Tensor:
         """Flags that are set on any rank: the same on all."""
-        return self.transport.all_reduce(bad, "max")
+        with phase(FINITE, "communication"):
+            return self.transport.all_reduce(bad, "max")
 
     def report(self) -> PlanReport:
         """What moves in one training step; see `PlanReport`."""
@@ -104,9 +106,10 @@ class DistributedStep:
             members: the held tensors of this step with gradients, in the same order on every rank.
             admitted: a flag on the device that masks every write, or `None`.
         """
-        local = [(holding, _localized(member)) for holding, member in members]
+        with phase(EVERYTHING, "prepare"):
+            buckets = _alike([(holding, _localized(member)) for holding, member in members])
         exchanged = []
-        for bucket in _alike(local):
+        for bucket in buckets:
             first = bucket[0][1].group
             everything = [tensor for _, member in bucket for tensor in member.touched()]
             if not _is_exchanged(first):
@@ -127,22 +130,23 @@ class DistributedStep:
                 apply([member for _, member in bucket], [updates.pop(0) for _ in found])
 
     def _exchange(self, directed: Sequence[tuple[Holding, Member, Tensor]]) -> list[Tensor]:
-        """Updates for directions: tensors of the same shapes."""
+        if not directed:
+            return []
         flat_directions: dict[str, Tensor] = {}
         flat_updates: dict[str, Tensor] = {}
         results = []
-        for holding, _, direction in directed:
-            dim = holding.placements[0].dim if holding.placements else 0
-            flat = direction.movedim(dim, 0).reshape(-1) if dim else direction.reshape(-1)
-            result = torch.zeros_like(flat)
-            for segment in holding.segments:
-                here = slice(segment.offset, segment.offset + segment.stop - segment.start)
-                flat_directions[segment.name], flat_updates[segment.name] = flat[here], result[here]
-            moved = direction.movedim(dim, 0).shape if dim else direction.shape
-            results.append(result.view(moved).movedim(0, dim) if dim else result.view(moved))
-        if directed:
-            planned = [(holding, member.group) for holding, member, _ in directed]
-            self._exchange_for(planned).run(flat_directions, flat_updates)
+        with phase(EVERYTHING, "prepare"):
+            for holding, _, direction in directed:
+                dim = holding.placements[0].dim if holding.placements else 0
+                flat = direction.movedim(dim, 0).reshape(-1) if dim else direction.reshape(-1)
+                result = torch.zeros_like(flat)
+                for segment in holding.segments:
+                    here = slice(segment.offset, segment.offset + segment.stop - segment.start)
+                    flat_directions[segment.name], flat_updates[segment.name] = flat[here], result[here]
+                moved = direction.movedim(dim, 0).shape if dim else direction.shape
+                results.append(result.view(moved).movedim(0, dim) if dim else result.view(moved))
+            exchange = self._exchange_for([(holding, member.group) for holding, member, _ in directed])
+        exchange.run(flat_directions, flat_updates)
         return results
 
     def _exchange_for(self, planned: Sequence[Planned]) -> Exchange:
@@ -211,7 +215,8 @@ def _alike(local: Sequence[tuple[Holding, Member]]) -> list[list[tuple[Holding, 
         if group["rule"] == "adamw":
             alike = tuple(group[key] for key in ("rule", "centered", "betas", "eps", "lr", "weight_decay"))
         else:
-            alike = (group["momentum"], group["momentum_kind"])
+            # Not needed, but then what a profiler shows of a batch is of one rule.
+            alike = (group["rule"], group["momentum"], group["momentum_kind"])
         buckets.setdefault((*alike, weight.dtype, weight.device), []).append((holding, member))
     return list(buckets.values())
 

@@ -1,0 +1,1 @@
+"""From a profiler's trace to what each update costs: by role, rule, phase and kernel."""

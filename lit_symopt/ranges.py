@@ -1,0 +1,136 @@
+"""Named ranges inside `SymOpt.step`: what a profiler sees of roles, rules and phases.
+
+    symopt/step                          one call of `step()`, without the closure
+    symopt/<roles>/<rule>/<phase>        a phase of a batch of equal blocks; `query+key` where a batch holds two roles
+
+| phase | what happens |
+|---|---|
+| `momentum` | state ← gradient; casts of gradients, masters of half precision |
+| `pack` | copies between parameters and the batch that a rule is applied to |
+| `rule` | the rule: polar factors, row norms, centering; all of AdamW |
+| `scale` | the scale of the step |
+| `write` | decay, the step itself, masters to parameters |
+| `communication` | collectives, and waiting for them |
+| `check` | whether the gradients are finite; undoing a step that they forbid |
+| `prepare` | finding gradients and forming batches, on the host |
+
+A range carries as arguments the number of elements of each of its roles, in the order of the name, and the shape of
+the batch; a profiler shows them with `record_shapes=True`. The last two phases belong to no block in particular:
+`symopt/all/step/prepare`, `symopt/all/finite/check`.
+
+Without a profiler a range costs a look at a flag. NVTX ranges, for Nsight, are asked for: `with nvtx_ranges(): ...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_symopt.errors import ConfigError
+
+Phase = Literal["momentum", "pack", "rule", "scale", "write", "communication", "check", "prepare"]
+
+PREFIX = "symopt"
+STEP = f"{PREFIX}/step"
+JOIN = "+"
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a range is about.
+
+    Attributes:
+        rule: one rule.
+        elements: number of elements by role; of the places to be updated, whatever a phase does with them.
+        shape: of the batch.
+    """
+
+    rule: str
+    elements: dict[str, int]
+    shape: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`<roles>/<rule>`, with what would end a part of the name replaced."""
+        roles = (role.replace("/", "_").replace(JOIN, "_") for role in self.elements)
+        return f"{JOIN.join(roles) or ALL}/{self.rule}"
+
+
+EVERYTHING = Subject(rule="step", elements={ALL: 1})
+FINITE = Subject(rule="finite", elements={ALL: 1})
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+_nvtx = 0  # how many contexts ask for it
+
+
+def phase(of: Callable[[], Subject] | Subject, name: Phase) -> AbstractContextManager[None]:
+    """The range of a phase, to be entered with `with`; must not span the `yield` of a generator.
+
+    Args:
+        of: the subject, or what makes it, called only if somebody listens.
+        name: of the phase.
+    """
+    if not _listening():
+        return _NOTHING
+    subject = of if isinstance(of, Subject) else of()
+    return _range(f"{PREFIX}/{subject.name}/{name}", subject)
+
+
+def step() -> AbstractContextManager[None]:
+    """The range of one call of `step()`."""
+    return _range(STEP, None) if _listening() else _NOTHING
+
+
+def named(name: str) -> AbstractContextManager[None]:
+    """A range of any name, such as a stage of a training step."""
+    return _range(name, None) if _listening() else _NOTHING
+
+
+@contextmanager
+def nvtx_ranges() -> Iterator[None]:
+    """Emits the ranges as NVTX too, with or without a profiler of torch, as Nsight Systems shows them.
+
+    Raises:
+        ConfigError: if torch was built without CUDA.
+    """
+    global _nvtx  # noqa: PLW0603
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "NVTX ranges need a CUDA device, and torch sees none here; leave nvtx out, the profiler of torch shows the "
+            "same ranges"
+        )
+    _nvtx += 1
+    try:
+        yield
+    finally:
+        _nvtx -= 1
+
+
+def _listening() -> bool:
+    return bool(_nvtx or torch.autograd._profiler_enabled())  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+
+
+@contextmanager
+def _range(name: str, subject: Subject | None) -> Iterator[None]:
+    if _nvtx:
+        torch.cuda.nvtx.range_push(name if subject is None else f"{name} {subject.elements} {list(subject.shape)}")
+    # `torch.profiler.record_function` takes arguments as text only, and a trace does not show it.
+    arguments = () if subject is None else (*subject.elements.values(), _of_shape(subject.shape))
+    handle = torch.autograd._record_function_with_args_enter(name, *arguments)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.autograd._record_function_with_args_exit(handle)  # type: ignore[attr-defined]
+        if _nvtx:
+            torch.cuda.nvtx.range_pop()
+
+
+def _of_shape(shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a shape and no memory: a range shows the dimensions of its tensors."""
+    return torch.empty(shape, device="meta")
