@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, overload
 
@@ -294,14 +293,14 @@ class SymOpt(torch.optim.Optimizer):
         member = Member(name, gradient, weight, parameter, group, self.state[parameter])
         if gradient.dtype == weight.dtype:
             return member
-        with phase(partial(subject_of, [member]), "momentum"):
+        with phase(subject_of, "momentum", [member]):
             return replace(member, gradient=gradient.to(weight.dtype))
 
     def _weight(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         """What is updated for a parameter: itself, or the fp32 master of one in half precision."""
         if parameter.dtype not in _HALF:
             return parameter
-        with phase(partial(_master_subject, parameter, group), "momentum"):
+        with phase(_master_subject, "momentum", parameter, group):
             return self._master(parameter, group)
 
     def _master(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -67,29 +68,30 @@ FINITE = Subject(rule="finite", elements={ALL: 1})
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _nvtx = 0  # how many contexts ask for it
+_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
-def phase(of: Callable[[], Subject] | Subject, name: Phase) -> AbstractContextManager[None]:
+def phase(of: Callable[..., Subject] | Subject, name: Phase, *arguments: object) -> AbstractContextManager[None]:
     """The range of a phase, to be entered with `with`; must not span the `yield` of a generator.
 
     Args:
-        of: the subject, or what makes it, called only if somebody listens.
+        of: the subject, or what makes it of `arguments`; called only if somebody listens.
         name: of the phase.
     """
-    if not _listening():
+    if not (_nvtx or _profiler_enabled()):
         return _NOTHING
-    subject = of if isinstance(of, Subject) else of()
-    return _range(f"{PREFIX}/{subject.name}/{name}", subject)
+    subject = of if isinstance(of, Subject) else of(*arguments)
+    return _Range(f"{PREFIX}/{subject.name}/{name}", subject)
 
 
 def step() -> AbstractContextManager[None]:
     """The range of one call of `step()`."""
-    return _range(STEP, None) if _listening() else _NOTHING
+    return _Range(STEP) if _nvtx or _profiler_enabled() else _NOTHING
 
 
 def named(name: str) -> AbstractContextManager[None]:
     """A range of any name, such as a stage of a training step."""
-    return _range(name, None) if _listening() else _NOTHING
+    return _Range(name) if _nvtx or _profiler_enabled() else _NOTHING
 
 
 @contextmanager
@@ -112,25 +114,29 @@ def nvtx_ranges() -> Iterator[None]:
         _nvtx -= 1
 
 
-def _listening() -> bool:
-    return bool(_nvtx or torch.autograd._profiler_enabled())  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+class _Range:
+    """A range to be entered once; a class, because a generator would cost the profiled step more than its ranges do."""
 
+    __slots__ = ("_arguments", "_handle", "_name", "_nvtx")
 
-@contextmanager
-def _range(name: str, subject: Subject | None) -> Iterator[None]:
-    if _nvtx:
-        torch.cuda.nvtx.range_push(name if subject is None else f"{name} {subject.elements} {list(subject.shape)}")
-    # `torch.profiler.record_function` takes arguments as text only, and a trace does not show it.
-    arguments = () if subject is None else (*subject.elements.values(), _of_shape(subject.shape))
-    handle = torch.autograd._record_function_with_args_enter(name, *arguments)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.autograd._record_function_with_args_exit(handle)  # type: ignore[attr-defined]
-        if _nvtx:
+    def __init__(self, name: str, subject: Subject | None = None) -> None:
+        self._name = name
+        # `torch.profiler.record_function` takes arguments as text only, and a trace does not show it.
+        self._arguments = () if subject is None else (*subject.elements.values(), _of_shape(subject.shape))
+        self._nvtx = _nvtx > 0
+
+    def __enter__(self) -> None:
+        if self._nvtx:
+            torch.cuda.nvtx.range_push(self._name)
+        self._handle = torch.autograd._record_function_with_args_enter(self._name, *self._arguments)  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        torch.autograd._record_function_with_args_exit(self._handle)  # type: ignore[attr-defined]
+        if self._nvtx:
             torch.cuda.nvtx.range_pop()
 
 
+@lru_cache(maxsize=4096)
 def _of_shape(shape: tuple[int, ...]) -> Tensor:
     """A tensor of a shape and no memory: a range shows the dimensions of its tensors."""
     return torch.empty(shape, device="meta")

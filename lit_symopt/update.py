@@ -122,7 +122,7 @@ def update(bucket: Sequence[Member]) -> None:
 
 def update_elements(bucket: Sequence[Member]) -> None:
     """AdamW as it is, element by element: shapes do not matter."""
-    with phase(partial(subject_of, bucket), "rule"):
+    with phase(subject_of, "rule", bucket):
         _adamw_step(bucket, [member.weight for member in bucket], bucket[0].group["weight_decay"])
     _write_back(bucket)
 
@@ -135,7 +135,7 @@ def directions(bucket: Sequence[Member]) -> list[Tensor]:
     """
     first = bucket[0]
     if first.group["rule"] == "adamw":
-        with phase(partial(subject_of, bucket), "momentum"):
+        with phase(subject_of, "momentum", bucket):
             steps = [torch.zeros_like(member.weight) for member in bucket]
             _adamw_step(bucket, steps, 0.0)
         return steps
@@ -143,14 +143,14 @@ def directions(bucket: Sequence[Member]) -> list[Tensor]:
     if first.group["momentum"] == 0.0:
         return gradients
     accumulate = nesterov_ if first.group["momentum_kind"] == "nesterov" else ema_
-    with phase(partial(subject_of, bucket), "momentum"):
+    with phase(subject_of, "momentum", bucket):
         return accumulate([member.state["momentum_buffer"] for member in bucket], gradients, first.group["momentum"])
 
 
 def apply(bucket: Sequence[Member], updates: list[Tensor]) -> None:
     """The half of a step after the rule, element by element: `W ← (1 − lr·wd) W − lr·radius·scale·U`."""
     weights, groups = [member.weight for member in bucket], [member.group for member in bucket]
-    with phase(partial(subject_of, bucket), "write"):
+    with phase(subject_of, "write", bucket):
         torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
         if groups[0]["rule"] != "adamw":
             updates = list(torch._foreach_mul(updates, [-group["lr"] * group["radius"] for group in groups]))
@@ -161,7 +161,7 @@ def apply(bucket: Sequence[Member], updates: list[Tensor]) -> None:
 def _write_back(bucket: Sequence[Member]) -> None:
     masters = [member for member in bucket if member.weight is not member.parameter]
     if masters:
-        with phase(partial(subject_of, masters), "write"):
+        with phase(subject_of, "write", masters):
             torch._foreach_copy_([member.parameter for member in masters], [member.weight for member in masters])
 
 
