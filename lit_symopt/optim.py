@@ -159,8 +159,10 @@ class SymOpt(torch.optim.Optimizer):
             members = [self._member(name, parameter, group) for name, parameter, group in found]
             buckets = self._buckets(members)
         for bucket in buckets:
-            with undone_unless(admitted, [tensor for member in bucket for tensor in member.touched()]):
-                update(bucket)
+            with phase(subject_of, "prepare", bucket):
+                touched = [tensor for member in bucket for tensor in member.touched()]
+                with undone_unless(admitted, touched):
+                    update(bucket)
         with phase(EVERYTHING, "prepare"):
             self._remember_versions(members)
 

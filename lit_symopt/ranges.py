@@ -12,11 +12,13 @@
 | `write` | decay, the step itself, masters to parameters |
 | `communication` | collectives, and waiting for them |
 | `check` | whether the gradients are finite; undoing a step that they forbid |
-| `prepare` | finding gradients and forming batches, on the host |
+| `prepare` | what the host does besides: finding gradients, forming batches |
+
+Ranges nest: `prepare` of a batch holds its other phases, and `rule` its communication; the innermost one counts. What
+belongs to no block in particular is `symopt/all/step/prepare` and `symopt/all/finite/check`.
 
 A range carries as arguments the number of elements of each of its roles, in the order of the name, and the shape of
-the batch; a profiler shows them with `record_shapes=True`. The last two phases belong to no block in particular:
-`symopt/all/step/prepare`, `symopt/all/finite/check`.
+the batch; a profiler shows them with `record_shapes=True`.
 
 Without a profiler a range costs a look at a flag. NVTX ranges, for Nsight, are asked for: `with nvtx_ranges(): ...`.
 """

@@ -65,9 +65,8 @@ def test_a_batch_of_two_roles_goes_through_its_phases_in_order(tmp_path: Path) -
     names = [event["name"] for event in spectral_step(tmp_path)]
     assert names[0] == "symopt/step"
     batch = [name for name in names if name.startswith("symopt/query+key/spectral/")]
-    assert batch == [
-        f"symopt/query+key/spectral/{name}" for name in ("momentum", "pack", "pack", "rule", "scale", "pack", "write")
-    ]
+    phases = ("prepare", "momentum", "pack", "pack", "rule", "scale", "pack", "write")
+    assert batch == [f"symopt/query+key/spectral/{name}" for name in phases]
     assert set(names) - set(batch) == {"symopt/step", "symopt/all/step/prepare", "symopt/all/finite/check"}
 
 
@@ -78,7 +77,7 @@ def test_arguments_are_the_elements_of_each_role_and_the_shape_of_the_batch(tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_phases_lie_inside_the_step_and_never_overlap(family: str, tmp_path: Path) -> None:
+def test_phases_lie_inside_the_step_and_never_cross(family: str, tmp_path: Path) -> None:
     module = tiny(family)
     optimizer = SymOpt.for_module(module)
     gradients(module)
@@ -86,8 +85,8 @@ def test_phases_lie_inside_the_step_and_never_overlap(family: str, tmp_path: Pat
     step, *phases = ranges_of(optimizer, tmp_path)
     assert step["name"] == "symopt/step"
     assert_nested([step, *phases])
-    assert_nested(phases)
-    assert sum(event["dur"] for event in phases) <= step["dur"]
+    leaves = [event for event in phases if not event["name"].endswith("/prepare")]
+    assert sum(event["dur"] for event in leaves) <= step["dur"]  # none in another
     roles = {str(group["role"]) for group in optimizer.param_groups}
     named = {role for event in phases for role in event["name"].split("/")[1].split("+")}
     assert named == roles | {ALL}

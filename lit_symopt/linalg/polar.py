@@ -60,7 +60,7 @@ DECOMPOSE_UP_TO = 256
 # Five steps as in Muon. The Schatten-4 norm that `iterate` starts from is up to n^{1/4} times closer to σ₁ than the
 # Frobenius norm, so a larger lower bound than the published 1e-3 reaches as far down, and converges.
 _BF16 = {"lower": 3e-3, "cushion": 0.1, "safety": 1.01}
-_BF16_STEPS = 5
+BF16_STEPS = 5
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def _polar_of_tall(method: Method, x: Tensor) -> Tensor:
     finite = peak.isfinite()
     work = torch.where(finite, work / torch.where(peak > 0, peak, 1), 0)
     if method == "bf16":
-        u = iterate(work.bfloat16(), polar_express(steps=_BF16_STEPS, **_BF16))
+        u = iterate(work.bfloat16(), polar_express(steps=BF16_STEPS, **_BF16))
     elif method == "svd":
         u = work @ inverse_root_svd(work)
     elif method == "eigh":

@@ -182,7 +182,9 @@ class _Owner(_Batch):
         self.mine = [cell for cell in one.cells if cell.owner == self.rank]
         place = {id(cell): index * self.numel for index, cell in enumerate(self.mine)}
         self.lend = _Parcels([(cell, fragment) for cell in one.cells for fragment in cell.lent()], transport, self.of)
-        self.give = _Parcels([(cell, fragment) for cell in one.cells for fragment in cell.returned()], transport, self.of)
+        self.give = _Parcels(
+            [(cell, fragment) for cell in one.cells for fragment in cell.returned()], transport, self.of
+        )
         self.lent = [self.view(cell, fragment.start, fragment.stop) for cell, fragment in self.lend.outgoing]
         self.taken = [self.view(cell, fragment.start, fragment.stop) for cell, fragment in self.give.incoming]
         self.arriving = [_within(place[id(cell)], fragment) for cell, fragment in self.lend.incoming]

@@ -18,7 +18,7 @@ from lit_symopt.sharding.holdings import Distribution, Holding, Placement
 from lit_symopt.sharding.plan import OPTIONS, Block, Plan, make_plan
 from lit_symopt.sharding.report import PlanReport
 from lit_symopt.sharding.transport import Transport
-from lit_symopt.update import Member, apply, directions, local_part, update_elements
+from lit_symopt.update import Member, apply, directions, local_part, subject_of, update_elements
 
 Group = dict[str, Any]
 Planned = tuple[Holding, Group]
@@ -95,9 +95,12 @@ class DistributedStep:
 
     def report(self) -> PlanReport:
         """What moves in one training step; see `PlanReport`."""
-        plans = list(self._plans().values())
         flags = 0 if self.distribution.decides else len(self.distribution.holdings)
-        return PlanReport.of(self.distribution, plans, flags=flags)
+        return PlanReport.of(self.distribution, self.plans(), flags=flags)
+
+    def plans(self) -> list[Plan]:
+        """The plans of one training step in which every block has a gradient, one for each call."""
+        return list(self._plans().values())
 
     def __call__(self, members: Sequence[tuple[Holding, Member]], admitted: Tensor | None) -> None:
         """Update what the members hold.
@@ -110,15 +113,14 @@ class DistributedStep:
             buckets = _alike([(holding, _localized(member)) for holding, member in members])
         exchanged = []
         for bucket in buckets:
-            first = bucket[0][1].group
-            everything = [tensor for _, member in bucket for tensor in member.touched()]
-            if not _is_exchanged(first):
-                with undone_unless(admitted, everything):
-                    update_elements([member for _, member in bucket])
-                continue
-            with undone_unless(admitted, [tensor for _, member in bucket for tensor in member.state.values()]):
-                found = directions([member for _, member in bucket])
-            exchanged.append((bucket, found))
+            alike = [member for _, member in bucket]
+            with phase(subject_of, "prepare", alike):
+                if not _is_exchanged(alike[0].group):
+                    with undone_unless(admitted, [tensor for member in alike for tensor in member.touched()]):
+                        update_elements(alike)
+                    continue
+                with undone_unless(admitted, [tensor for member in alike for tensor in member.state.values()]):
+                    exchanged.append((bucket, directions(alike)))
         directed = [
             (holding, member, direction)
             for bucket, found in exchanged
@@ -126,8 +128,11 @@ class DistributedStep:
         ]
         updates = self._exchange(directed)
         for bucket, found in exchanged:
-            with undone_unless(admitted, [tensor for _, member in bucket for tensor in member.written()]):
-                apply([member for _, member in bucket], [updates.pop(0) for _ in found])
+            alike = [member for _, member in bucket]
+            with phase(subject_of, "prepare", alike):
+                here, updates = updates[: len(found)], updates[len(found) :]
+                with undone_unless(admitted, [tensor for member in alike for tensor in member.written()]):
+                    apply(alike, here)
 
     def _exchange(self, directed: Sequence[tuple[Holding, Member, Tensor]]) -> list[Tensor]:
         if not directed:
