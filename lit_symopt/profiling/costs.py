@@ -1,8 +1,9 @@
 """What a trace says: the time of every kernel in every step, by stage, role, rule and phase.
 
 Times are microseconds, as in a trace. On a CPU the host is the device: `device_us` is the self time of operators, and
-of the Python between them. With a GPU `device_us` is the time of kernels, copies and fills, each where it was
-launched, and `host_us` the self time of the host thread; the two overlap.
+of the Python between them, on the main thread; `host_us` is that of other threads, which run in parallel with it. With
+a GPU `device_us` is the time of kernels, copies and fills, each where it was launched, and `host_us` the self time of
+all threads of the host; the two overlap.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Cost:
         kernel: name of the operator, of the GPU kernel, or `HOST`.
         calls: how often; a fraction where a batch of several roles was split.
         device_us: time of the device.
-        host_us: time of the host thread.
+        host_us: time of the host's threads that is not `device_us`.
     """
 
     stage: Stage
