@@ -21,7 +21,8 @@ class Work:
 
     Attributes:
         role, rule: of the blocks.
-        flops: floating-point operations of the matrix products and decompositions (2 for a multiply-add).
+        flops: floating-point operations (2 for a multiply-add): matrix products, decompositions, and the least that
+            is done element by element.
         bytes: gradient, state and weights read and written once each.
         dtype: in which the products are computed, as `float64`.
         blocks, elements: how many of each are updated here.
