@@ -23,6 +23,9 @@ commands:
   test       test loss:            lit-symopt test --config configs/quickstart.yaml --ckpt_path last
   audit      prove the blocks:     lit-symopt audit --config configs/quickstart.yaml
              of the weights alone: lit-symopt audit --config RECIPE --model.symopt.stack muon --loss-only
+  profile    cost of each update:  lit-symopt profile --config configs/quickstart.yaml
+             against other stacks: lit-symopt profile --config configs/quickstart.yaml --against adamw,muon
+  profile-compare  what became slower:  lit-symopt profile-compare RECORD_A RECORD_B
   export     weights for transformers:  lit-symopt export CHECKPOINT FOLDER
   checkpoint move between strategies:   lit-symopt checkpoint consolidate SRC DST, lit-symopt checkpoint info SRC
   data       token shards:         lit-symopt data convert ..., lit-symopt data info SHARD
@@ -41,7 +44,7 @@ WRONG_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 1 if an audit failed; 2 for input that is wrong, with one `error:` message.
+    0; 1 if an audit failed, or a profile became slower; 2 for input that is wrong, with one `error:` message.
 
     Args:
         argv: the arguments after the program's name; default: those of this process.
@@ -64,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lit_symopt.audit.command import run as run_audit
 
             return run_audit(arguments[1:])
+        elif command == "profile":
+            from lit_symopt.profiling.command import run as run_profile
+
+            return run_profile(arguments[1:])
+        elif command == "profile-compare":
+            from lit_symopt.profiling.command import run_compare
+
+            return run_compare(arguments[1:])
         elif command == "export":
             _export(arguments[1:])
         elif command == "checkpoint":
@@ -73,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif command == "data":
             _data(arguments[1:])
         else:
-            known = ", ".join((*TRAINING, "export", "checkpoint", "data", "audit"))
+            known = ", ".join((*TRAINING, "export", "checkpoint", "data", "audit", "profile", "profile-compare"))
             return _complain(f"there is no command {command!r}; the commands are {known} (lit-symopt --help)")
     except SymOptError as error:
         return _complain(str(error))

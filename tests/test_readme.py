@@ -76,6 +76,7 @@ def test_the_training_commands_run_in_their_order(tmp_path: Path) -> None:
     for name in ("configs", "lit_symopt"):
         (tmp_path / name).symlink_to(ROOT / name)
     commands = [command for command in COMMANDS if {"fit", "validate"} & set(command) and not is_strategy(command)]
+    commands = [command for command in commands if "configs/callbacks/kernel_time.yaml" not in command]
     assert len(commands) == 8
     for command in commands:
         run_in(tmp_path, [*command, *(three_steps(SHORT) if "last" in command else SHORT)])
@@ -93,6 +94,37 @@ def test_a_sharded_run_becomes_one_file_and_goes_on_under_another_strategy(tmp_p
         run_in(tmp_path, command if "checkpoint" in command else [*command, *steps])
 
 
+def test_what_updates_cost_is_in_tensorboard_after_the_command_that_says_so(tmp_path: Path) -> None:
+    """With a window right at the start, and four steps."""
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
+    for name in ("configs", "lit_symopt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (command,) = (command for command in COMMANDS if "configs/callbacks/kernel_time.yaml" in command)
+    early = ["--trainer.callbacks.wait", "0", "--trainer.callbacks.warmup", "1", "--trainer.callbacks.active", "2"]
+    run_in(tmp_path, [*command, *early, *four_steps(SHORT)])
+    (events,) = tmp_path.glob("runs/*/version_0/events.*")
+    written = EventAccumulator(str(events), size_guidance={IMAGES: 0})  # type: ignore[no-untyped-call]
+    written.Reload()  # type: ignore[no-untyped-call]
+    tags = written.Tags()  # type: ignore[no-untyped-call]
+    assert {f"profile/{picture}" for picture in ("cost", "timeline", "roofline", "memory")} <= set(tags["images"])
+    assert {"profile/attributed_share", "profile/ms/expert_down", "profile/share/router"} <= set(tags["scalars"])
+    assert "profile/table/text_summary" in tags["tensors"]
+    assert len(list(tmp_path.glob("runs/*/version_0/traces/*.pt.trace.json"))) == 1
+
+
+@pytest.mark.slow
+def test_the_commands_on_cost_profile_and_compare(tmp_path: Path) -> None:
+    """With one round of one short window."""
+    for name in ("configs", "lit_symopt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    profile, compare = (command for command in COMMANDS if {"profile", "profile-compare"} & set(command))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("skip_first: 1\nwait: 0\nwarmup: 1\nactive: 2\nrepeat: 1\nrounds: 1\n")
+    run_in(tmp_path, [*profile, "--spec", str(spec), "--output", "record"])
+    run_in(tmp_path, [*compare[:2], "record", "record"])
+
+
 def test_the_errors_in_the_readme_are_those_of_the_record() -> None:
     made = subprocess.run(
         [sys.executable, "profiles/parity.py", "--table"], cwd=ROOT, check=True, capture_output=True, text=True
@@ -107,6 +139,10 @@ def is_strategy(command: list[str]) -> bool:
 
 def three_steps(short: list[str]) -> list[str]:
     return [*short[:1], "3", *short[2:]]
+
+
+def four_steps(short: list[str]) -> list[str]:
+    return [*short[:1], "4", *short[2:]]
 
 
 def run_in(folder: Path, command: list[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.conftest import RECIPE, command, prepare
+from tests.cli.conftest import RECIPE, command, prepare, scalars
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = {
@@ -16,6 +16,7 @@ OVERLAYS = {
     "router_stability": "RouterStability",
     "logit_norms": "LogitNorms",
 }
+OTHERS = {"kernel_time", "monitors"}
 MODEL = """\
 model:
   class_path: lit_symopt.models.OLMoE
@@ -38,7 +39,7 @@ def overlay(name: str) -> tuple[str, str]:
 
 def test_every_overlay_is_listed_here_and_its_header_names_recipes_that_exist() -> None:
     folder = ROOT / "configs" / "callbacks"
-    assert {path.stem for path in folder.glob("*.yaml")} == set(OVERLAYS)
+    assert {path.stem for path in folder.glob("*.yaml")} == set(OVERLAYS) | OTHERS
     for path in folder.glob("*.yaml"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]
         assert [word for word in ("Purpose", "Command", "Hardware", "Result") if f"# {word}" in "\n".join(header)] == [
@@ -75,6 +76,23 @@ def test_three_overlays_append_to_the_callbacks_of_the_recipe_in_order(run: Path
     assert {path.stem for path in version.glob("*.npz")} == set(OVERLAYS)
     for name in OVERLAYS.values():
         assert f"{name}: 1 look(s) at" in result.stdout
+
+
+def test_lightnings_monitors_and_a_profile_are_laid_over_a_recipe_and_run(run: Path) -> None:
+    result = command(
+        *("fit", "--config", "moe.yaml", *overlay("monitors"), "--trainer.callbacks.window_size", "2"),
+        *(*overlay("kernel_time"), "--trainer.callbacks.wait", "2", "--trainer.max_steps", "8"),
+        *("--trainer.logger.init_args.name", "profiled"),
+        cwd=run,
+    )
+    assert result.returncode == 0, result.stderr
+    [version] = (run / "runs" / "profiled").iterdir()
+    tags = {tag for tag, _ in scalars(version)}
+    assert {"train/device/items_per_sec", "profile/step_ms"} <= tags
+    for begin in ("DeviceStatsMonitor.on_train_batch_end/", "lr-", "profile/ms/router"):
+        assert any(tag.startswith(begin) for tag in tags), begin
+    assert len(list((version / "traces").glob("rank0.*.pt.trace.json"))) == 1
+    assert "KernelTime: symmetric, rank 0 of 1" in result.stdout
 
 
 def test_an_overlay_is_the_whole_list_where_the_recipe_has_none_and_the_command_line_changes_it(run: Path) -> None:
