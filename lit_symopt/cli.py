@@ -26,6 +26,7 @@ commands:
   profile    cost of each update:  lit-symopt profile --config configs/quickstart.yaml
              against other stacks: lit-symopt profile --config configs/quickstart.yaml --against adamw,muon
   profile-compare  what became slower:  lit-symopt profile-compare RECORD_A RECORD_B
+  bench      cost of a step alone: lit-symopt bench --shapes qwen3_scaled --stack muon --against torch_muon,adamw
   export     weights for transformers:  lit-symopt export CHECKPOINT FOLDER
   checkpoint move between strategies:   lit-symopt checkpoint consolidate SRC DST, lit-symopt checkpoint info SRC
   data       token shards:         lit-symopt data convert ..., lit-symopt data info SHARD
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lit_symopt.profiling.command import run_compare
 
             return run_compare(arguments[1:])
+        elif command == "bench":
+            from lit_symopt.bench.command import run as run_bench
+
+            return run_bench(arguments[1:])
         elif command == "export":
             _export(arguments[1:])
         elif command == "checkpoint":
@@ -84,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif command == "data":
             _data(arguments[1:])
         else:
-            known = ", ".join((*TRAINING, "export", "checkpoint", "data", "audit", "profile", "profile-compare"))
+            known = ", ".join(
+                (*TRAINING, "export", "checkpoint", "data", "audit", "profile", "profile-compare", "bench")
+            )
             return _complain(f"there is no command {command!r}; the commands are {known} (lit-symopt --help)")
     except SymOptError as error:
         return _complain(str(error))
