@@ -115,7 +115,7 @@ def update(bucket: Sequence[Member]) -> None:
     layout, shape = layout_of(first.group, first.weight.shape), first.weight.shape
     found = directions(bucket)
     with phase(of, "pack"):
-        stack = torch.stack(found)
+        stack = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
     updates = direction_to_update(stack, group=first.group, layout=layout, shape=shape, of=of)
     apply(bucket, list(updates.unbind()))
 
@@ -148,12 +148,17 @@ def directions(bucket: Sequence[Member]) -> list[Tensor]:
 
 
 def apply(bucket: Sequence[Member], updates: list[Tensor]) -> None:
-    """The half of a step after the rule, element by element: `W ← (1 − lr·wd) W − lr·radius·scale·U`."""
+    """The half of a step after the rule, element by element: `W ← (1 − lr·wd) W − lr·radius·scale·U`.
+
+    Args:
+        bucket: members of one rule.
+        updates: scale · U of each; overwritten.
+    """
     weights, groups = [member.weight for member in bucket], [member.group for member in bucket]
     with phase(subject_of, "write", bucket):
         torch._foreach_mul_(weights, [1.0 - group["lr"] * group["weight_decay"] for group in groups])
         if groups[0]["rule"] != "adamw":
-            updates = list(torch._foreach_mul(updates, [-group["lr"] * group["radius"] for group in groups]))
+            torch._foreach_mul_(updates, [-group["lr"] * group["radius"] for group in groups])
         torch._foreach_add_(weights, updates)
     _write_back(bucket)
 
@@ -234,7 +239,9 @@ def matrices_to_update(
             row_damping=options["row_damping"],
             rows=rows,
         )
-        return update * factor
+        return (
+            update if isinstance(factor, float) and factor == 1.0 else update.mul_(factor)
+        )  # rules give fresh tensors
 
 
 def _adamw_step(bucket: Sequence[Member], weights: list[Tensor], weight_decay: float) -> None:

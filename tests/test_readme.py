@@ -104,9 +104,9 @@ def test_what_updates_cost_is_in_tensorboard_after_the_command_that_says_so(tmp_
     early = ["--trainer.callbacks.wait", "0", "--trainer.callbacks.warmup", "1", "--trainer.callbacks.active", "2"]
     run_in(tmp_path, [*command, *early, *four_steps(SHORT)])
     (events,) = tmp_path.glob("runs/*/version_0/events.*")
-    written = EventAccumulator(str(events), size_guidance={IMAGES: 0})  # type: ignore[no-untyped-call]
-    written.Reload()  # type: ignore[no-untyped-call]
-    tags = written.Tags()  # type: ignore[no-untyped-call]
+    written = EventAccumulator(str(events), size_guidance={IMAGES: 0})
+    written.Reload()
+    tags = written.Tags()
     assert {f"profile/{picture}" for picture in ("cost", "timeline", "roofline", "memory")} <= set(tags["images"])
     assert {"profile/attributed_share", "profile/ms/expert_down", "profile/share/router"} <= set(tags["scalars"])
     assert "profile/table/text_summary" in tags["tensors"]

@@ -3,7 +3,7 @@ r"""The polar factor by matrix products alone: iterations of Newton-Schulz type.
 Every step applies an odd quintic p(σ) = a σ + b σ³ + c σ⁵ to the singular values (see `coefficients`), either to the
 matrix itself or, in *Gram form*, to the small side only:
 
-    on X:     A = XᵀX,   X ← a X + X (b A + c A²)
+    on X:     A = XᵀX,   X ← a X + X (b A + c A²)          (m < n: A = XXᵀ, X ← a X + (b A + c A²) X)
     on G:     P = a I + b G + c G²,   Q ← Q P,   G ← P G P,   and at last   polar(M) = M Q
 
 On X every step renews the Gram matrix of the rounded X, so that errors do not pile up: the form for bfloat16. In Gram
@@ -36,21 +36,29 @@ SAFETY = 1.01
 
 
 def iterate(x: Tensor, quintics: Sequence[Quintic]) -> Tensor:
-    """Apply `quintics` to the singular values of `x` [..., m, n], m >= n, in the dtype of `x`.
+    """Apply `quintics` to the singular values of `x` [..., m, n] through its smaller side, in the dtype of `x`.
 
     The first Gram matrix also gives the scale: ‖XᵀX‖_F^{1/2}, the Schatten-4 norm, bounds σ₁ from above by a factor of
-    at most n^{1/4}; the Frobenius norm of X, which is the usual choice, only by n^{1/2}.
+    at most min(m, n)^{1/4}; the Frobenius norm of X, which is the usual choice, only by min(m, n)^{1/2}.
     """
-    gram = x.mT @ x
+    shape, tall = x.shape, x.shape[-2] >= x.shape[-1]
+    x = x.reshape(-1, *shape[-2:])
+    gram = _gram(x, tall=tall)
     norm_dtype = torch.promote_types(x.dtype, torch.float32)
     bound = SAFETY * torch.linalg.matrix_norm(gram, dtype=norm_dtype, keepdim=True).sqrt()
     bound = torch.where(bound > 0, bound, 1)
     x, gram = (x / bound).to(x.dtype), (gram / bound.square()).to(x.dtype)
     for step, (a, b, c) in enumerate(quintics):
         if step > 0:
-            gram = x.mT @ x
-        x = a * x + x @ (b * gram + c * gram @ gram)
-    return x
+            gram = _gram(x, tall=tall)
+        # Sum and product in one call: at these sizes reading a matrix once more costs as much as multiplying it.
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, p, beta=a) if tall else torch.baddbmm(x, p, x, beta=a)
+    return x.view(shape)
+
+
+def _gram(x: Tensor, *, tall: bool) -> Tensor:
+    return x.mT @ x if tall else x @ x.mT
 
 
 def inverse_root_iteration(gram: Tensor) -> Tensor:

@@ -120,6 +120,8 @@ def polar_by(method: Method, x: Tensor, *, rows: Rows = WHOLE) -> Tensor:
         return torch.empty_like(x)
     if not rows.whole:
         return _polar_of_shards(method, x, rows)
+    if method == "bf16":
+        return _polar_by_iteration(x)
     if x.shape[-2] < x.shape[-1]:
         return _polar_of_tall(method, x.mT).mT.contiguous()
     return _polar_of_tall(method, x)
@@ -154,19 +156,31 @@ def _polar_of_shards(method: Method, x: Tensor, rows: Rows) -> Tensor:
     return rows.keep(torch.where(finite, work / unit.sqrt() @ root, torch.nan).to(x.dtype))
 
 
+def _polar_by_iteration(x: Tensor) -> Tensor:
+    work = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    work, _ = _safe(work)
+    # Products carry what is not finite into every entry.
+    return iterate(work.bfloat16(), polar_express(steps=BF16_STEPS, **_BF16)).to(x.dtype)
+
+
 def _polar_of_tall(method: Method, x: Tensor) -> Tensor:
-    work = x.to(torch.float32 if method == "bf16" and x.dtype != torch.float64 else torch.float64)
-    # Dividing by the largest entry makes every square and product safe. It rounds, where a power of two would not, but
-    # at the working precision, which has digits to spare, and it needs no care for exponents out of range.
-    peak = torch.linalg.vector_norm(work, torch.inf, dim=(-2, -1), keepdim=True)
+    work, peak = _safe(x.to(torch.float64))
     finite = peak.isfinite()
-    work = torch.where(finite, work / torch.where(peak > 0, peak, 1), 0)
-    if method == "bf16":
-        u = iterate(work.bfloat16(), polar_express(steps=BF16_STEPS, **_BF16))
-    elif method == "svd":
+    work = torch.where(finite, work, 0)  # decompositions refuse it
+    if method == "svd":
         u = work @ inverse_root_svd(work)
     elif method == "eigh":
         u = work @ inverse_root_eigh(work.mT @ work)
     else:
         u = work @ inverse_root_iteration(work.mT @ work)
     return torch.where(finite, u, torch.nan).to(x.dtype)
+
+
+def _safe(work: Tensor) -> tuple[Tensor, Tensor]:
+    """Each matrix divided by its largest entry, so that every square and product is safe; and that entry.
+
+    It rounds, where a power of two would not, but at the working precision, which has digits to spare, and it needs no
+    care for exponents out of range.
+    """
+    peak = torch.maximum(work.amax(dim=(-2, -1), keepdim=True), -work.amin(dim=(-2, -1), keepdim=True))
+    return work / torch.where(peak > 0, peak, 1), peak

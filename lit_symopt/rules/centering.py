@@ -68,7 +68,7 @@ def project(x: Tensor, *, rows: Rows = WHOLE, dtype: torch.dtype | None = None) 
     """
     work, passes = (x, 2) if rows.whole else (x.to(torch.float64), passes_on_shards(dtype or x.dtype))
     for _ in range(passes):
-        work = work - rows.mean(work, dtype=torch.float64).to(work.dtype)
+        work = work - rows.mean(work).to(work.dtype)
     return rows.keep(work.to(x.dtype))
 
 

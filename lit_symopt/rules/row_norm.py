@@ -52,14 +52,14 @@ def unit_rows(x: Tensor, *, eps: float, damping: float, rows: Rows = WHOLE, dtyp
     A row's norm relative to that entry is at least one unless the row is zero: `eps` guards 0/0 and nothing else.
     `rows` says where the rows lie, `dtype` in which dtype the entries were given (default: that of `x`).
     """
-    peak = x.abs().amax(dim=-1, keepdim=True)
+    peak = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))
     units = x / torch.where(peak > 0, peak, 1)
     norms: Tensor = torch.linalg.vector_norm(units, dim=-1, keepdim=True)  # in units of the row's peak
     if damping:
         relative = _relative(peak, rows, dtype or x.dtype)
         rms = rows.mean((norms * relative).square()).sqrt()
         norms = norms + damping * torch.where(relative > 0, rms / relative, torch.inf)
-    return (units / norms.clamp(min=eps)).to(x.dtype)
+    return units.div_(norms.clamp(min=eps)).to(x.dtype)
 
 
 def _relative(peak: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
