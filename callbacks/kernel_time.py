@@ -6,38 +6,41 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim import Optimizer
 
 from lit_symopt.callbacks.looks import _is_trial, logged_step
+from lit_symopt.callbacks.profiled_trainer import (
+    OF_TRAINER,
+    boards_of,
+    in_the_way,
+    limits_of,
+    memory_of,
+    name_of,
+    records_validation,
+    work_of,
+)
 from lit_symopt.callbacks.ranks import gathered
 from lit_symopt.callbacks.stages import Stages
 from lit_symopt.errors import ConfigError, ProfileError
-from lit_symopt.optim import SymOpt
 from lit_symopt.profiling.attribution import attribute
 from lit_symopt.profiling.ceilings import measure_ceilings
-from lit_symopt.profiling.costs import TraceCosts
 from lit_symopt.profiling.device import describe
-from lit_symopt.profiling.expected import expected_work
-from lit_symopt.profiling.memory import memory_use, peak_bytes, scratch_bytes
+from lit_symopt.profiling.memory import peak_bytes, scratch_bytes
 from lit_symopt.profiling.pictures import cost_bars, memory_bars, roofline_plot, timeline
-from lit_symopt.profiling.reduce import Spread, by_stage, milliseconds, samples, wall_ms
+from lit_symopt.profiling.reduce import scalars_of
 from lit_symopt.profiling.roofline import RooflinePoint, roofline
-from lit_symopt.profiling.run import Ceilings, MemoryUse, RunProfile, Work
+from lit_symopt.profiling.run import Ceilings, MemoryUse, RunProfile
+from lit_symopt.profiling.schedule import Schedule
 from lit_symopt.profiling.table import format_table, markdown_table
-from lit_symopt.profiling.windows import Schedule, Window, Windows, writable
+from lit_symopt.profiling.trace_file import writable
+from lit_symopt.profiling.windows import Window, Windows
 from lit_symopt.ranges import nvtx_ranges
-
-_OF_TRAINER = "the Trainer's PyTorchProfiler"
 
 
 class KernelTime(L.Callback):
@@ -165,7 +168,7 @@ class KernelTime(L.Callback):
             worker=f"rank{trainer.global_rank}",
             record_shapes=self.record_shapes,
             memory=self.memory,
-            busy=lambda: _of_trainer(trainer),
+            busy=lambda: in_the_way(trainer),
             say=_say,
         )
         self._stages = Stages(trainer.strategy, self._windows.leave)
@@ -177,7 +180,7 @@ class KernelTime(L.Callback):
         self._before = trainer.global_step
         if self._off:
             return
-        for steps, limit in _limits(trainer):
+        for steps, limit in limits_of(trainer):
             problem = self.schedule.too_long_for(steps, limit)
             if problem is not None:
                 rank_zero_warn(f"KernelTime: {problem}")
@@ -207,7 +210,7 @@ class KernelTime(L.Callback):
         if self._windows is not None and not self._windows.done:
             self._end_step(trainer, pl_module)
         if self._used is None and self._steps >= max(1, self.schedule.skip_first + self.schedule.wait):
-            self._used = _memory(trainer, pl_module)  # with gradients, and before a profile adds to the peak
+            self._used = memory_of(trainer, pl_module)  # with gradients, and before a profile adds to the peak
         if self.stop_when_done and self._steps >= self.schedule.steps:
             done = self._windows is None or self._windows.done
             if trainer.strategy.reduce_boolean_decision(done, all=True):
@@ -216,7 +219,7 @@ class KernelTime(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the stage `validation`."""
-        if _records_validation(trainer):
+        if records_validation(trainer):
             self._give_way("which records validations too")
         self._enter("validation")
 
@@ -236,7 +239,7 @@ class KernelTime(L.Callback):
     def _give_way(self, why: str) -> None:
         if self._windows is not None and self._stages is not None:
             self._stages.end()
-            self._windows.give_way(_OF_TRAINER, why)
+            self._windows.give_way(OF_TRAINER, why)
 
     def _begin_step(self) -> None:
         if self._windows is None or self._windows.done:
@@ -268,7 +271,7 @@ class KernelTime(L.Callback):
             window = self._windows.finish()
             if window is not None:
                 self._publish(trainer, pl_module, window)
-        used = self._used or _memory(trainer, pl_module)
+        used = self._used or memory_of(trainer, pl_module)
         peak = peak_bytes(pl_module.device) if pl_module.device.type == "cuda" else used.peak
         memory = tuple(gathered(trainer, replace(used, scratch=self._scratch, peak=peak)))
         ceilings = self._shared_ceilings(trainer, pl_module)
@@ -279,7 +282,7 @@ class KernelTime(L.Callback):
             self._points = roofline(self._profile.windows, self._profile.work, ceilings)
             self._draw(trainer, "profile/roofline", lambda: roofline_plot(self._points, ceilings))
         self._draw(trainer, "profile/memory", lambda: memory_bars(memory))
-        self._profile.save(self._path)
+        self._save()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the table."""
@@ -300,7 +303,8 @@ class KernelTime(L.Callback):
             return "KernelTime: no window was taken"
         lines = [f"KernelTime: {self._profile.optimizer}, rank {self._profile.rank} of {self._profile.world}"]
         lines.append(format_table(self._profile.windows, self._points))
-        lines.append(f"traces in {self._path.parent / 'traces'}, record in {self._path}")
+        record = self._path if self._path.is_file() else "no file: see the warnings"
+        lines.append(f"traces in {self._path.parent / 'traces'}, record in {record}")
         return "\n".join(lines)
 
     def _stop(self) -> None:
@@ -313,31 +317,38 @@ class KernelTime(L.Callback):
     # -- what a window says --------------------------------------------------------------------------------------
 
     def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, window: Window) -> None:
-        assert self._path is not None
         costs = attribute(window.trace, worker=f"rank{trainer.global_rank}")
         scratch = scratch_bytes(window.trace) if self.memory else None
         self._scratch = scratch if self._scratch is None else max(self._scratch, scratch or 0)
         if self._profile is None:
             self._profile = RunProfile(
-                optimizer=_name(trainer, pl_module),
+                optimizer=name_of(trainer, pl_module),
                 rank=trainer.global_rank,
                 world=trainer.world_size,
                 device=describe(pl_module.device),
                 windows=(),
-                work=_work(trainer),
+                work=work_of(trainer),
             )
         self._profile = replace(self._profile, windows=(*self._profile.windows, costs))
-        self._profile.save(self._path)
+        self._save()
         scalars = scalars_of(costs)
         for logger in trainer.loggers:
             logger.log_metrics(dict(scalars), step=self._logged)
-        for board in _boards(trainer):
+        for board in boards_of(trainer):
             board.experiment.add_text("profile/table", markdown_table([costs]), self._logged)
         self._draw(trainer, "profile/cost", lambda: cost_bars([costs]))
         self._draw(trainer, "profile/timeline", lambda: timeline(window.trace))
 
+    def _save(self) -> None:
+        assert self._profile is not None
+        assert self._path is not None
+        try:
+            self._profile.save(self._path)
+        except ProfileError as error:  # training is worth more than its profile
+            _say(str(error))
+
     def _draw(self, trainer: L.Trainer, tag: str, picture: Callable[[], Any]) -> None:
-        for board in _boards(trainer):
+        for board in boards_of(trainer):
             board.experiment.add_image(tag, picture(), self._logged, dataformats="HWC")
 
     def _shared_ceilings(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Ceilings | None:
@@ -355,24 +366,6 @@ class KernelTime(L.Callback):
                 _say(f"there is no roofline, as the machine's ceilings could not be measured: {error}")
         found: Ceilings | None = gathered(trainer, measured)[first]
         return found
-
-
-def scalars_of(costs: TraceCosts) -> dict[str, float]:
-    """The scalars of a window, by tag."""
-    windows = [costs]
-    wall = wall_ms(windows)
-    stages = by_stage(windows)
-    roles = samples(windows, lambda cost: cost.role if cost.in_update else None, milliseconds("device"))
-    found = {"profile/step_ms": Spread.of(wall).median}
-    found |= {f"profile/{stage}_ms": Spread.of(ms).median for stage, ms in stages.items()}
-    found["profile/optimizer_share"] = sum(stages["optimizer"]) / sum(wall)
-    for role, ms in roles.items():
-        tag = role.strip("()")  # TensorBoard has no parentheses in tags
-        found[f"profile/ms/{tag}"] = Spread.of(ms).median
-        found[f"profile/share/{tag}"] = sum(ms) / sum(wall)
-    if roles:
-        found["profile/attributed_share"] = costs.attributed_share
-    return found
 
 
 def _say(message: str) -> None:
@@ -396,74 +389,3 @@ def _new(path: Path) -> Path:
         new = path.with_name(f"{path.stem}-v{version}{path.suffix}")
         version += 1
     return new
-
-
-def _limits(trainer: L.Trainer) -> list[tuple[float, str]]:
-    """Optimizer steps that are left, and what says so: the fewest first."""
-    found: list[tuple[float, str]] = []
-    done = f" after step {trainer.global_step}" if trainer.global_step else ""
-    if trainer.max_steps >= 0:
-        found.append((trainer.max_steps - trainer.global_step, f"max_steps={trainer.max_steps}{done}"))
-    batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if epochs is not None and epochs >= 0 and batches != float("inf"):
-        steps = ceil(batches / trainer.accumulate_grad_batches)
-        epochs_left = epochs - trainer.current_epoch
-        found.append((epochs_left * steps, f"max_epochs={epochs} of {batches} batches{done}"))
-    return sorted(found)
-
-
-def _of_trainer(trainer: L.Trainer) -> str | None:
-    """The Trainer's own profiler, while it records or is going to in training."""
-    profiler: Any = trainer.profiler  # type: ignore[attr-defined]  # set by a part of the Trainer
-    if not isinstance(profiler, PyTorchProfiler):
-        return None
-    inner, schedule = profiler.profiler, profiler._schedule
-    if inner is None:
-        return None
-    idle = getattr(inner, "current_action", None) is torch.profiler.ProfilerAction.NONE
-    finished = schedule is not None and schedule._training_step_reached_end
-    return None if idle and finished else _OF_TRAINER
-
-
-def _records_validation(trainer: L.Trainer) -> bool:
-    """Whether the Trainer's own profiler is going to record in a validation."""
-    profiler: Any = trainer.profiler  # type: ignore[attr-defined]
-    schedule = profiler._schedule if isinstance(profiler, PyTorchProfiler) else None
-    return schedule is not None and not schedule._validation_step_reached_end
-
-
-def _optimizers(trainer: L.Trainer) -> list[Optimizer]:
-    strategy: Any = trainer.strategy
-    # The Trainer's optimizer is DeepSpeed's own then, which keeps the one that it was given.
-    if isinstance(strategy, DeepSpeedStrategy):
-        return [strategy.deepspeed_engine.basic_optimizer]
-    return list(trainer.optimizers)
-
-
-def _name(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-    stack = getattr(getattr(pl_module, "symopt", None), "stack", None)
-    optimizers = _optimizers(trainer)
-    if isinstance(stack, str) and any(isinstance(optimizer, SymOpt) for optimizer in optimizers):
-        return stack
-    return " + ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
-
-
-def _work(trainer: L.Trainer) -> tuple[Work, ...]:
-    found = [expected_work(optimizer) for optimizer in _optimizers(trainer) if isinstance(optimizer, SymOpt)]
-    return tuple(work for works in found for work in works)
-
-
-def _memory(trainer: L.Trainer, pl_module: L.LightningModule) -> MemoryUse:
-    """Of all optimizers; the module is the same."""
-    uses = [memory_use(optimizer, pl_module, rank=trainer.global_rank) for optimizer in _optimizers(trainer)]
-    state: dict[str, int] = {}
-    for use in uses:
-        for role, size in use.state.items():
-            state[role] = state.get(role, 0) + size
-    return replace(uses[0], state=state, masters=sum(use.masters for use in uses))
-
-
-def _boards(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    if not trainer.is_global_zero:
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

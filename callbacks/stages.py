@@ -10,7 +10,8 @@
 
 The inner range counts: in manual optimization `train/forward` contains the others. `train/data` also has what Lightning
 does between two batches: moving the batch to the device, writing to loggers, saving checkpoints. What other callbacks
-do in a hook counts as the stage in which the hook is called.
+do in a hook counts as the stage in which the hook is called. What a strategy's engine does around the optimizer, such
+as DeepSpeed's norm of the gradient and its gathering of the weights, is in `train/optimizer` and belongs to no role.
 
 The hooks of a callback are no place to open and close the middle three: none is called where a forward pass begins,
 and a range opened at the start of a batch would cross torch's own range around an optimizer with a closure. So the

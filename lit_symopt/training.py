@@ -13,6 +13,7 @@ from time import time
 from typing import Any, TypeVar
 
 import lightning as L
+import torch.distributed as dist
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -146,6 +147,9 @@ def run(arguments: Sequence[str] | None) -> None:
         parser_kwargs={"prog": "lit-symopt", **usages},
         trainer_defaults={"callbacks": [_NothingHalfWritten()]},
     )
+    if dist.is_initialized():
+        # Left to the end of the process, gloo's threads may abort it: "terminate called without an active exception".
+        dist.destroy_process_group()
 
 
 CLI = TypeVar("CLI", bound=TrainingCLI)

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from lit_symopt.profiling.spec import ProfileSpec
 
 REGRESSION = 1
+INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 _COMPUTING = ("lit-symopt", "torch", "lightning", "transformers", "numpy")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Profile a recipe, print what its updates cost, write a record and return the exit code, 0.
+    """Profile a recipe, print what its updates cost, write a record and return the exit code: 0, or 130 after Ctrl-C.
 
     Args:
         arguments: what follows the command's name; those that are not ours are of `lit-symopt fit`.
@@ -47,9 +48,13 @@ def run(arguments: Sequence[str]) -> int:
     from lit_symopt.profiling.folder import RECORDS, refuse_existing
 
     refuse_existing(given.output or RECORDS / "new", overwrite=given.overwrite)  # before anything is run
-    with tempfile.TemporaryDirectory(prefix="lit-symopt-profile-") as scratch:
-        runs = _measure(recipe_arguments, stacks, spec, Path(scratch), keep=given.keep_traces)
-        return _report(given, arguments, recipe, spec, runs)
+    try:
+        with tempfile.TemporaryDirectory(prefix="lit-symopt-profile-") as scratch:
+            runs = _measure(recipe_arguments, stacks, spec, Path(scratch), keep=given.keep_traces)
+            return _report(given, arguments, recipe, spec, runs)
+    except KeyboardInterrupt:
+        print("interrupted; no record was written", file=sys.stderr)
+        return INTERRUPTED
 
 
 def run_compare(arguments: Sequence[str]) -> int:

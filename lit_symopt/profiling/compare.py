@@ -169,7 +169,10 @@ def _of_stack(stack: str, before: StackRecord, after: StackRecord, threshold: fl
     control = _change(stack, CONTROL, (list(before.control.values()), list(after.control.values())), speeds, threshold)
     update = _change(stack, UPDATE, (update_of(before), update_of(after)), speeds, threshold)
     names = dict.fromkeys([*before.blocks, *after.blocks])
-    blocks = [_change(stack, name, (_block(before, name), _block(after, name)), speeds, threshold) for name in names]
+    blocks = [
+        _change(stack, name.removesuffix("/"), (_block(before, name), _block(after, name)), speeds, threshold)
+        for name in names  # what is not attributed has no rule
+    ]
     blocks = [
         replace(
             row, decides=row.decides and not (_minor(row.before, update.before) and _minor(row.after, update.after))

@@ -22,7 +22,7 @@ UNATTRIBUTED = "(unattributed)"
 """The role of what a step of the optimizer spends outside the ranges of its phases."""
 
 HOST = "(between operators)"
-"""The kernel of what the host spends inside a range, but in no operator: mostly Python."""
+"""The kernel of what the host spends inside a range, but in no operator: Python, and waiting for other processes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,24 +86,46 @@ def write_folder(
         rounds: of each stack.
         points: of each stack's roofline.
         traces: of each stack, the files to keep; they are moved.
+
+    Raises:
+        ProfileError: if that fails, as on a full disk.
     """
     folder = folder.resolve()
     half = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
+    try:
+        half.mkdir(parents=True)
+        _fill(half, record, rounds=rounds, points=points, traces=traces)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.replace(half, folder)
+    except OSError as error:
+        raise ProfileError(
+            f"the record could not be written to {folder}: {error.strerror or error}; give --output another folder, or "
+            "make room"
+        ) from error
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _fill(
+    folder: Path,
+    record: Record,
+    *,
+    rounds: Mapping[str, Rounds],
+    points: Mapping[str, Sequence[RooflinePoint]],
+    traces: Mapping[str, Sequence[Path]],
+) -> None:
     windows = {name: _windows(of_stack) for name, of_stack in rounds.items()}
-    _write_kernels(half / "kernels.csv", windows)
-    drawn = dict(_draw(half, windows=windows, rounds=rounds, points=points, traces=traces))
+    _write_kernels(folder / "kernels.csv", windows)
+    drawn = dict(_draw(folder, windows=windows, rounds=rounds, points=points, traces=traces))
     for name, files in traces.items():
         for file in files:
-            (half / "traces" / name).mkdir(parents=True, exist_ok=True)
-            shutil.move(file, half / "traces" / name / file.name)
+            (folder / "traces" / name).mkdir(parents=True, exist_ok=True)
+            shutil.move(file, folder / "traces" / name / file.name)
     text = page(record, windows=windows, points=points, drawn=drawn)
-    (half / "README.md").write_text(text, encoding="utf-8")
-    record.save(half)
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    os.replace(half, folder)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    record.save(folder)
 
 
 def _windows(rounds: Rounds) -> list[TraceCosts]:

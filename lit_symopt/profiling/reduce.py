@@ -117,3 +117,21 @@ def samples(
 def milliseconds(clock: Clock) -> Callable[[Cost], float]:
     """The time of a cost by a clock, in ms."""
     return (lambda cost: cost.device_us / 1000) if clock == "device" else (lambda cost: cost.host_us / 1000)
+
+
+def scalars_of(costs: TraceCosts) -> dict[str, float]:
+    """The scalars of a window, by tag."""
+    windows = [costs]
+    wall = wall_ms(windows)
+    stages = by_stage(windows)
+    roles = samples(windows, lambda cost: cost.role if cost.in_update else None, milliseconds("device"))
+    found = {"profile/step_ms": Spread.of(wall).median}
+    found |= {f"profile/{stage}_ms": Spread.of(ms).median for stage, ms in stages.items()}
+    found["profile/optimizer_share"] = sum(stages["optimizer"]) / sum(wall)
+    for role, ms in roles.items():
+        tag = role.strip("()")  # TensorBoard has no parentheses in tags
+        found[f"profile/ms/{tag}"] = Spread.of(ms).median
+        found[f"profile/share/{tag}"] = sum(ms) / sum(wall)
+    if roles:
+        found["profile/attributed_share"] = costs.attributed_share
+    return found

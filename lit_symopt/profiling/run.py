@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,20 @@ class RunProfile:
     memory: tuple[MemoryUse, ...] = ()
 
     def save(self, path: Path) -> None:
-        """Writes a JSON file, as a whole or not at all."""
+        """Writes a JSON file, as a whole or not at all.
+
+        Raises:
+            ProfileError: if it cannot be written, as on a full disk.
+        """
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
         half = path.with_name(f".{path.name}.half")
-        half.write_text(text)
-        os.replace(half, path)
+        try:
+            half.write_text(text)
+            os.replace(half, path)
+        except OSError as error:
+            with suppress(OSError):
+                half.unlink(missing_ok=True)
+            raise ProfileError(f"the record {path} could not be written: {error.strerror or error}") from error
 
     @staticmethod
     def load(path: Path) -> RunProfile:

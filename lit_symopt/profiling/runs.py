@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -133,19 +134,27 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     """The exit code; whatever interrupts the waiting ends the process and those it started."""
     signals = (signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ()
     before = {name: signal.signal(name, _interrupt) for name in signals}
+    code = None
     try:
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        raise
+        code = process.wait()
+        return code
     finally:
+        if code != 0:
+            _end(process)
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and its group: ranks may wait for ever for the one that has failed."""
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(10)
+    finally:  # also when interrupted again
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _interrupt(number: int, _: object) -> NoReturn:

@@ -6,22 +6,15 @@ Nothing is profiled while steps are skipped and waited for. In the warm-up the p
 down at first, and records nothing. The active steps of a window make one file. Around each stands the range
 `ProfilerStep#N`, N being the number of the step.
 
-A file gets its name, `<worker>.<nanoseconds>.pt.trace.json`, when it has been written and read as a whole: a process
-that is killed leaves a hidden `.half` file at most, which the plugin does not look at.
-
 While somebody else profiles, a window waits; one that is taken over is given up, and begun anew when the other has
 finished. Nobody else's profile is ended. `lit_symopt.profiling.active` says why this takes care.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,82 +22,11 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as Profile
 
-from lit_symopt.errors import ConfigError, ProfileError
+from lit_symopt.errors import ProfileError
 from lit_symopt.profiling.active import Claim, Others
-from lit_symopt.profiling.events import ANNOTATION, STEP_PREFIX, Trace, read_trace
-
-_AT_LEAST = {"skip_first": 0, "wait": 0, "warmup": 0, "active": 1, "repeat": 1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """When windows are taken, in steps.
-
-    Args:
-        skip_first: before everything else, once.
-        wait: before each window, without a profiler.
-        warmup: before each window, with a profiler that records nothing.
-        active: of a window.
-        repeat: windows; between two of them there is a step without a recording at least.
-
-    Raises:
-        ConfigError: for a number that cannot be.
-
-    Example:
-        >>> Schedule(wait=10, warmup=2, active=3, repeat=2).steps
-        30
-    """
-
-    skip_first: int = 0
-    wait: int = 10
-    warmup: int = 2
-    active: int = 3
-    repeat: int = 1
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, least = getattr(self, field.name), _AT_LEAST[field.name]
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{field.name}={value!r} of a profile must be a whole number, at least {least}")
-        if self.repeat > 1 and self.wait + self.warmup == 0:
-            # A range that is open when one recording ends and the next begins would crash torch.
-            raise ConfigError(
-                f"repeat={self.repeat} windows of a profile need a step between them: set warmup or wait to 1, or "
-                "repeat to 1 and active higher"
-            )
-
-    @property
-    def steps(self) -> int:
-        """Steps until the last window is whole."""
-        return self.skip_first + self.repeat * (self.wait + self.warmup + self.active)
-
-    def too_long_for(self, steps: float, limit: str) -> str | None:
-        """What `steps` are too few for, in words; `None` if every window is whole by then.
-
-        Args:
-            steps: how many there will be.
-            limit: what says so, such as `max_steps=20`.
-
-        Example:
-            >>> Schedule(wait=10, warmup=2, active=3).too_long_for(12, "max_steps=12")[:63]
-            'no window becomes active: skip_first=0 + wait=10 + warmup=2 + a'
-        """
-        if steps >= self.steps:
-            return None
-        before, window = self.skip_first + self.wait + self.warmup, self.wait + self.warmup + self.active
-        whole = max(0, int(steps) - self.skip_first) // window
-        sum_ = (
-            f"skip_first={self.skip_first} + wait={self.wait} + warmup={self.warmup} + active={self.active} = "
-            f"{before + self.active} steps until the first window is whole, and {limit} leaves {int(steps)}"
-        )
-        if steps <= before:
-            return f"no window becomes active: {sum_}. Lower wait, warmup or skip_first"
-        if not whole:
-            return f"the first window is cut short: {sum_}. Lower wait, warmup or active"
-        return (
-            f"{whole} of repeat={self.repeat} windows will be whole: all of them take {self.steps} steps, and {limit} "
-            f"leaves {int(steps)}"
-        )
+from lit_symopt.profiling.events import STEP_PREFIX, Trace
+from lit_symopt.profiling.schedule import Schedule
+from lit_symopt.profiling.trace_file import write_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,30 +43,12 @@ class Window:
     last: int
 
 
-def writable(folder: Path) -> Path:
-    """Makes a folder for traces.
-
-    Raises:
-        ProfileError: if it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".half"):
-            pass
-    except OSError as error:
-        raise ProfileError(
-            f"the folder {folder} for traces cannot be written: {error.strerror or error}. Choose another one "
-            "(KernelTime's folder, or the logger's), or make room"
-        ) from error
-    return folder
-
-
 class Windows:
     """Takes windows: `before` and `after` are called around every step.
 
     Args:
         schedule: when.
-        folder: where the files go; see `writable`.
+        folder: where the files go; it is there; see `lit_symopt.profiling.trace_file.writable`.
         worker: whose they are, as `rank0`.
         record_shapes: keep shapes of operators, and arguments of ranges.
         memory: keep allocations.
@@ -152,7 +56,8 @@ class Windows:
         say: gets what is to be known of windows that are late, cut short or lost.
 
     Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
         ...     windows = Windows(Schedule(wait=0, warmup=0, active=1), Path(folder), worker="rank0")
         ...     windows.before(1)
         ...     _ = torch.ones(3) + 1
@@ -264,7 +169,7 @@ class Windows:
         if not self._is_gone():
             if not self._claim:
                 self._start()
-            self._stop()
+            self._profile.stop_trace()
         self._forget()
 
     def give_way(self, name: str, why: str) -> None:
@@ -303,14 +208,9 @@ class Windows:
         self._profile.start_trace()
         self._claim.record()
 
-    def _stop(self) -> None:
-        assert self._profile is not None
-        self._profile.stop_trace()
-
     def _forget(self) -> None:
         assert self._profile is not None
-        # torch's profiler holds itself in a cycle; its session would pass for somebody else's until that is collected.
-        self._profile.profiler = None
+        _release(self._profile)
         self._profile, self._whole = None, 0
 
     def _leave(self) -> None:
@@ -355,37 +255,24 @@ class Windows:
         """Writes the file, and reads it; says so if that fails."""
         assert self._profile is not None
         profile, numbers = self._profile, self._numbers[: self._whole]
-        names = [f"{STEP_PREFIX}{step}" for step in numbers]
-        path = self.folder / f"{self.worker}.{time.time_ns()}.pt.trace.json"
-        half = path.with_name(f".{path.name}.half")
+        self._profile = None  # whatever fails from here on, the next window is begun with a profiler of its own
+        self.taken += 1
+        self._left = self.schedule.wait
         try:
-            self._stop()
-            self._profile = None
-            self.taken += 1
-            self._left = self.schedule.wait
-            profile.export_chrome_trace(str(half))
-            trace = read_trace(half)
-            if sorted(event.name for event in trace.events if event.is_step) != sorted(names):
-                _keep_steps(half, names)
-                trace = read_trace(half)
-            os.replace(half, path)
-            return Window(trace=replace(trace, path=path), first=numbers[0], last=numbers[-1])
+            profile.stop_trace()
+            trace = write_trace(profile, self.folder, worker=self.worker, steps=numbers)
         except (OSError, RuntimeError, ValueError, ProfileError) as error:
             steps = f"{numbers[0]} to {numbers[-1]}"
             self._say(f"the window of the steps {steps} could not be written to {self.folder}: {error}")
             return None
         finally:
-            with suppress(OSError):
-                half.unlink(missing_ok=True)
+            _release(profile)
+        return Window(trace=trace, first=numbers[0], last=numbers[-1])
 
 
-def _keep_steps(path: Path, names: list[str]) -> None:
-    """Takes other ranges of steps out of a trace: of one that was not finished, and of a profiler that is idle."""
-    trace = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)
-    found = [event for event in trace["traceEvents"] if str(event.get("name")).startswith(STEP_PREFIX)]
-    ranges = [event for event in found if event.get("cat") == ANNOTATION]
-    kept = [max((e for e in ranges if e["name"] == name), key=lambda e: e["dur"], default=None) for name in names]
-    dropped = {id(event) for event in ranges if event not in kept}
-    dropped |= {id(event) for event in found if event["name"] not in names}
-    trace["traceEvents"] = [event for event in trace["traceEvents"] if id(event) not in dropped]
-    path.write_text(json.dumps(trace), encoding="utf-8")
+def _release(profile: Profile) -> None:
+    """Drops a profiler's session and all its events now; torch's profiler holds itself in a cycle.
+
+    Until that is collected, a session that was not stopped would pass for somebody else's.
+    """
+    profile.profiler = None

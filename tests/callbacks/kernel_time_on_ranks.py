@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_symopt.errors import SymOptError
+from lit_symopt.strategies import CPUDeepSpeedStrategy, FSDP2Strategy
 from tests.callbacks.moe import Save, equal, fit, loaders, olmoe
 from tests.callbacks.profiled import kernel_time
 
@@ -46,8 +47,15 @@ def main(folder: Path, case: str) -> None:
             fit(folder, [callback], **options)
         except SymOptError as error:
             ended = f"{type(error).__name__}: {error}"
+    elif case in ("zero2", "fsdp2"):
+        strategy = CPUDeepSpeedStrategy(stage=2) if case == "zero2" else FSDP2Strategy(process_group_backend="gloo")
+        fit(folder, [kernel_time(ranks="all")], **{**options, "strategy": strategy, "steps": 5})
+        ended = "trained"
     if rank == 0:
         (folder / "ended").write_text(str(ended))
+    # Left to the end of the process, gloo's threads may abort it: "terminate called without an active exception".
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,18 @@ def stages(path: Path) -> list[str]:
     return [event.name.removeprefix("train/") for event in ranges(path)]
 
 
+def crossings(path: Path) -> list[tuple[str, str]]:
+    """Pairs of ranges around the parts of a step of which neither contains the other."""
+    every = [event for prefix in ("ProfilerStep#", "train/", "Optimizer.", "symopt/") for event in ranges(path, prefix)]
+    every.sort(key=lambda event: event.start_us)
+    return [
+        (one.name, other.name)
+        for index, one in enumerate(every)
+        for other in every[index + 1 :]
+        if other.start_us < one.end_us < other.end_us
+    ]
+
+
 def whole_traces_only(folder: Path) -> bool:
     for path in traces(folder):
         json.loads(path.read_text())

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from time import monotonic, sleep
 
 import pytest
@@ -275,7 +275,8 @@ def test_a_run_that_fails_is_told_with_its_own_error_and_leaves_nothing(
     assert sorted(path.name for path in place.iterdir()) == before
 
 
-def test_what_ends_a_profile_ends_its_run_and_leaves_nothing(place: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(SIGTERM, 143), (SIGINT, 130)])
+def test_what_ends_a_profile_ends_its_run_and_leaves_nothing(place: Path, number: int, code: int) -> None:
     scratch = place / "scratch"
     scratch.mkdir()
     options = ["--config", "tiny.yaml", "--spec", "spec.yaml", "--output", "new"]
@@ -283,16 +284,19 @@ def test_what_ends_a_profile_ends_its_run_and_leaves_nothing(place: Path) -> Non
         [sys.executable, "-m", "lit_symopt", "profile", *options],
         env={**os.environ, "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = monotonic() + 60
     while not (logs := list(scratch.glob("*/*.log"))) and monotonic() < deadline:
         sleep(0.05)
     assert logs
     sleep(0.5)  # the run has begun
-    profile.terminate()
-    assert profile.wait(30) == 128 + SIGTERM
-    profile.communicate()  # ends when nobody has the pipe any more
+    profile.send_signal(number)
+    _, said = profile.communicate(timeout=30)  # ends when nobody has the pipe any more
+    assert profile.returncode == code
+    assert "Traceback" not in said
+    assert ("interrupted; no record was written" in said) == (number == SIGINT)
     assert not list(scratch.iterdir())
     assert not (place / "new").exists()
 

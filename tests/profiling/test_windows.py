@@ -19,7 +19,9 @@ from torch.profiler import ProfilerActivity, record_function
 from lit_symopt.errors import ConfigError, ProfileError
 from lit_symopt.profiling.active import recording
 from lit_symopt.profiling.events import read_trace
-from lit_symopt.profiling.windows import Schedule, Window, Windows, writable
+from lit_symopt.profiling.schedule import Schedule
+from lit_symopt.profiling.trace_file import writable
+from lit_symopt.profiling.windows import Window, Windows
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,6 +233,29 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert list(writable(tmp_path / "a" / "b").iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_a_disk_without_room_costs_the_window_only_and_nothing_is_left_on_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    said: list[str] = []
+    windows = make(tmp_path, said, warmup=1, active=1, repeat=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as if there were no room for more
+    try:
+        assert not run(windows, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    capfd.readouterr()  # torch's complaint, and pytest's own output must not meet the limit
+    [message] = said
+    assert "the window of the steps 2 to 2 could not be written to" in message
+    assert "MB left" in message
+    assert not list(tmp_path.iterdir())
+    [window] = run(windows, 2, first=3)
+    assert list(tmp_path.iterdir()) == [window.trace.path]
+
+
 def test_a_folder_that_vanishes_costs_the_window_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     folder = writable(tmp_path / "traces")
@@ -244,7 +269,8 @@ def test_a_folder_that_vanishes_costs_the_window_only(tmp_path: Path, capfd: pyt
 LOOP = """
 import sys, torch
 from pathlib import Path
-from lit_symopt.profiling.windows import Schedule, Windows
+from lit_symopt.profiling.schedule import Schedule
+from lit_symopt.profiling.windows import Windows
 windows = Windows(Schedule(wait=0, warmup=1, active=3, repeat=10**6), Path(sys.argv[1]), worker="rank0")
 x = torch.ones(2, 2)
 for step in range(10**9):
