@@ -1,12 +1,13 @@
 """What the named ranges of a step cost when no profiler runs: steps with and without them, paired.
 
     python profiles/annotation_cost.py            # three minutes; one thread
-    python profiles/annotation_cost.py --steps 50
+    python profiles/annotation_cost.py --steps 20 --processes 3
 
 The build without them is made from the same source: a copy of the package in which every `with phase(...): body` is its
 body alone. It and two copies of the package as it is are loaded side by side in one process, and in every round each
-takes one step on the same gradients, in random order. The two equal copies show the noise of the method. The second
-part times the hooks of `KernelTime` between two windows against a whole training step.
+takes one step on the same gradients, in random order. Where the tensors of a copy happen to lie makes it a little
+faster or slower for the whole of a process, so several processes are asked. The two equal copies show the noise of the
+method. The second part times the hooks of `KernelTime` between two windows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import platform
 import random
 import shutil
@@ -24,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from types import ModuleType
 from typing import Any
@@ -134,17 +136,15 @@ def stepper(folder: Path, sizes: dict[str, Any]) -> Callable[[], float]:
     return timed
 
 
-def compare(sizes: dict[str, Any], *, steps: int) -> dict[str, Any]:
-    """Seconds of steps with ranges, with ranges again, and without, round by round."""
+def compare(sizes: dict[str, Any], *, steps: int, seed: int) -> dict[str, float]:
+    """Median ratios of the seconds of steps with ranges, with ranges again, and without, in this process."""
     with tempfile.TemporaryDirectory() as scratch:
-        ranges = copy_without_ranges(Path(scratch))
-        arms = {
-            "with": stepper(ROOT, sizes),
-            "with again": stepper(ROOT, sizes),
-            "without": stepper(Path(scratch), sizes),
-        }
+        copy_without_ranges(Path(scratch))
+        folders = {"with": ROOT, "with again": ROOT, "without": Path(scratch)}
+        shuffled, generator = list(folders), random.Random(seed)
+        generator.shuffle(shuffled)
+        arms = {name: stepper(folders[name], sizes) for name in shuffled}
         taken: dict[str, list[float]] = {name: [] for name in arms}
-        shuffled, generator = list(arms), random.Random(0)
         for index in range(steps + 5):
             generator.shuffle(shuffled)
             for name in shuffled:
@@ -152,19 +152,29 @@ def compare(sizes: dict[str, Any], *, steps: int) -> dict[str, Any]:
                 if index >= 5:
                     taken[name].append(seconds)
     return {
-        "ranges in the source": ranges,
-        "step_ms": round(median(taken["without"]) * 1e3, 4),
+        "step_ms": median(taken["without"]) * 1e3,
         "with/without": _ratio(taken["with"], taken["without"]),
         "with/with again": _ratio(taken["with"], taken["with again"]),
     }
 
 
-def _ratio(over: list[float], under: list[float], *, draws: int = 2000) -> dict[str, float]:
-    """Median of the paired ratios, with a bootstrapped interval that holds it with 95 %."""
-    ratios, generator = [a / b for a, b in zip(over, under, strict=True)], random.Random(1)
-    medians = [median(generator.choices(ratios, k=len(ratios))) for _ in range(draws)]
-    low, *_, high = quantiles(medians, n=40)
-    return {"ratio": round(median(ratios), 5), "low": round(low, 5), "high": round(high, 5)}
+def _ratio(over: list[float], under: list[float]) -> float:
+    return median(a / b for a, b in zip(over, under, strict=True))
+
+
+def in_processes(name: str, *, steps: int, processes: int) -> dict[str, Any]:
+    """What `compare` says in each of several processes: the median, the lowest and the highest."""
+    found = []
+    for seed in range(processes):
+        command = [sys.executable, str(Path(__file__)), "--steps", str(steps), "--one", name, "--seed", str(seed)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return {
+        key: {"median": median(values), "low": min(values), "high": max(values)}
+        for key in found[0]
+        for values in [[round(one[key], 5) for one in found]]
+    }
 
 
 def idle_callback(step_ms: float) -> dict[str, float]:
@@ -223,17 +233,17 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# What the ranges cost when nobody profiles",
         "",
-        f"- command: `python profiles/annotation_cost.py --steps {result['steps']}`; data: `result.json`",
+        f"- command: `python profiles/annotation_cost.py`, {result['steps']} rounds a process; data: `result.json`",
         f"- {result['machine']}, one thread; torch {result['torch']}; commit {result['commit']}",
-        "- Each arm steps on the same gradients once a round, in random order; median of the paired ratios with its",
-        "  95 % interval. `with / with again` are two equal builds: what the method itself cannot tell apart.",
+        f"- {result['processes']} processes; in each the median of the paired ratios. Shown are the median of these,",
+        "  the lowest and the highest. `with / with again` are two equal builds: what the method cannot tell apart.",
         "",
         "| model | step | with / without ranges | with / with again |",
         "|---|---|---|---|",
     ]
     for name, case in result["cases"].items():
-        cells = [f"{case[key]['ratio']:.4f} ({case[key]['low']:.4f} to {case[key]['high']:.4f})" for key in _RATIOS]
-        lines.append(f"| {name} | {case['step_ms']:.2f} ms | {' | '.join(cells)} |")
+        cells = [f"{case[key]['median']:.4f} ({case[key]['low']:.4f} to {case[key]['high']:.4f})" for key in _RATIOS]
+        lines.append(f"| {name} | {case['step_ms']['median']:.2f} ms | {' | '.join(cells)} |")
     idle = result["idle"]
     lines += [
         "",
@@ -250,19 +260,26 @@ _RATIOS = ("with/without", "with/with again")
 def main() -> None:
     """Measure, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--one", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.one:
+        print(json.dumps(compare(CASES[given.one], steps=given.steps, seed=given.seed)))
+        return
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    cases = {name: compare(sizes, steps=given.steps) for name, sizes in CASES.items()}
+    cases = {name: in_processes(name, steps=given.steps, processes=given.processes) for name in CASES}
     result = {
         "steps": given.steps,
+        "processes": given.processes,
         "machine": f"{platform.machine()} CPU",
         "torch": torch.__version__,
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
         "cases": cases,
-        "idle": idle_callback(next(iter(cases.values()))["step_ms"]),
+        "idle": idle_callback(next(iter(cases.values()))["step_ms"]["median"]),
     }
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
