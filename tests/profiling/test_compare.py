@@ -313,3 +313,15 @@ def test_records_that_are_not_alike_are_compared_by_the_command_if_told_to(tmp_p
     b = saved(replace(record, device={"type": "cpu", "name": "there", "threads": 1}), tmp_path / "b")
     assert main(["profile-compare", a, b, "--anyway"]) == 0
     assert "NOT ALIKE" in capsys.readouterr().out
+
+
+def test_any_rule_of_the_record_in_the_repository_made_slower_is_flagged_and_no_other() -> None:
+    record = Record.load(Path(__file__).parents[2] / "profiles" / "records" / "quickstart-cpu")
+    changes = compare(record, record).changes
+    assert not compare(record, record).regressions
+    blocks = [(change.stack, change.name) for change in changes if change.decides and "/" in change.name]
+    assert len(blocks) >= 15
+    for stack, name in blocks:
+        found = {(one.stack, one.name) for one in compare(record, slowed(record, 1.2, name, stack=stack)).regressions}
+        assert (stack, name) in found
+        assert found <= {(stack, name), (stack, "whole update")}
