@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_symopt.bench.result import HEAD, PARTS, Result, cells, lines, part_cells
 from lit_symopt.errors import ProfileError
-from lit_symopt.profiling.folder import RECORDS, device_slug
+from lit_symopt.profiling.folder import RECORDS, device_slug, refuse_unwritable, unused
 
 RESULT = "result.json"
 BENCH = RECORDS / "bench"
@@ -25,22 +24,12 @@ def refuse_existing(folder: Path) -> None:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ProfileError(f"{folder} is there already; a benchmark replaces nothing, so give --output another folder")
-    try:
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise ProfileError(
-            f"the record cannot be written to {folder}: {error.strerror or error}; give --output another folder"
-        ) from error
+    refuse_unwritable(folder)
 
 
 def default_folder(*, date: str, device: Mapping[str, Any], shapes: str) -> Path:
     """`profiles/records/bench/<date>-<device>-<shapes>`, with a number if there is one already."""
-    name = f"{date[:10]}-{device_slug(device)}-{Path(shapes).stem}"
-    folder, number = BENCH / name, 2
-    while folder.exists():
-        folder, number = BENCH / f"{name}-{number}", number + 1
-    return folder
+    return unused(BENCH / f"{date[:10]}-{device_slug(device)}-{Path(shapes).stem}")
 
 
 def write(folder: Path, result: Result, *, command: str, date: str, commit: str, circumstances: str = "") -> None:

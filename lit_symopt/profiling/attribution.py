@@ -22,15 +22,14 @@ the event begins. So what autograd's own thread launches is `train/backward`.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lit_symopt.profiling.costs import HOST, Cost, Stage, StepCosts, TraceCosts
 from lit_symopt.profiling.events import ANNOTATION, LAUNCHES, ON_GPU, OPERATOR, STEP_PREFIX, Event, Thread, Trace
 from lit_symopt.profiling.nesting import NONE, nest
-from lit_symopt.profiling.places import OTHER, Place, opened
-from lit_symopt.ranges import STEP
+from lit_symopt.profiling.places import OTHER, Place, places_of
 
 _ON_HOST = frozenset({OPERATOR, ANNOTATION}) | LAUNCHES
 
@@ -144,14 +143,8 @@ class _Host:
         self._main = main
         self._spans = [(event, step, start, -minus_end) for start, minus_end, _, _, event, step in spans]
         self._nesting = nest([start for _, _, start, _ in self._spans], [end for _, _, _, end in self._spans])
-        updates = [start for event, _, start, _ in self._spans if event.category == ANNOTATION and event.name == STEP]
-        self._own_places: list[Place | None] = []
-        for (event, _, start, end), parent in zip(self._spans, self._nesting.parents, strict=True):
-            place = None if parent == NONE else self._own_places[parent]
-            if event.category == ANNOTATION:
-                has_ranges = bisect_left(updates, start) < bisect_left(updates, end)
-                place = opened(event, place, has_ranges=has_ranges)
-            self._own_places.append(place)
+        bare = [(event, start, end) for event, _, start, end in self._spans]
+        self._own_places = places_of(bare, self._nesting.parents)
 
     def place_at(self, time: int) -> Place:
         """Where the thread is at a time; where the main thread is, if nothing says it here."""

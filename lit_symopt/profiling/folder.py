@@ -38,6 +38,15 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
             raise ProfileError(f"{folder} is not empty, and no record; give --output another folder")
         if not overwrite:
             raise ProfileError(f"{folder} holds a record; give --output another folder, or --overwrite")
+    refuse_unwritable(folder)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuses a folder that could not be made.
+
+    Raises:
+        ProfileError: naming it.
+    """
     try:
         there = next(parent for parent in folder.absolute().parents if parent.exists())
         tempfile.TemporaryFile(dir=there).close()
@@ -47,13 +56,17 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
         ) from error
 
 
+def unused(folder: Path) -> Path:
+    """The folder, with a number behind its name if there is one of that name already."""
+    found, number = folder, 2
+    while found.exists():
+        found, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return found
+
+
 def default_folder(*, date: str, device: Mapping[str, Any], recipe: str) -> Path:
     """`profiles/records/<date>-<device>-<recipe>`, with a number if there is one already."""
-    name = f"{date[:10]}-{device_slug(device)}-{_slug(recipe)}"
-    folder, number = RECORDS / name, 2
-    while folder.exists():
-        folder, number = RECORDS / f"{name}-{number}", number + 1
-    return folder
+    return unused(RECORDS / f"{date[:10]}-{device_slug(device)}-{_slug(recipe)}")
 
 
 def device_slug(device: Mapping[str, Any]) -> str:

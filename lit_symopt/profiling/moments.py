@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lit_symopt.profiling.events import ANNOTATION, LAUNCHES, ON_GPU, Event, Trace
 from lit_symopt.profiling.nesting import NONE, nest
-from lit_symopt.profiling.places import OTHER, Place, opened
-from lit_symopt.ranges import STEP
+from lit_symopt.profiling.places import OTHER, Place, places_of
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,7 @@ def _host(events: Iterable[Event], step: Event) -> tuple[Moment, ...]:
     starts = [round((event.start_us - step.start_us) * 1e3) for event in ranges]
     ends = [round((min(event.end_us, step.end_us) - step.start_us) * 1e3) for event in ranges]
     nesting = nest(starts, ends)
-    updates = [start for event, start in zip(ranges, starts, strict=True) if event.name == STEP]
-    places: list[Place | None] = []
-    for event, start, end, parent in zip(ranges, starts, ends, nesting.parents, strict=True):
-        has_ranges = bisect_left(updates, start) < bisect_left(updates, end)
-        around = None if parent == NONE else places[parent]
-        places.append(opened(event, around, has_ranges=has_ranges))
+    places = places_of(list(zip(ranges, starts, ends, strict=True)), nesting.parents)
     found: list[Moment] = []
     for start, end, owner in zip(nesting.times, [*nesting.times[1:], max(ends)], nesting.owners, strict=True):
         place = (None if owner == NONE else places[owner]) or OTHER

@@ -15,13 +15,15 @@ opens nothing of its own belongs to the update, another `Optimizer.step#` too. A
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from lit_symopt.profiling.costs import STAGE_RANGE, STAGES, UNATTRIBUTED, Stage
-from lit_symopt.profiling.events import Event
+from lit_symopt.profiling.events import ANNOTATION, Event
+from lit_symopt.profiling.nesting import NONE
 from lit_symopt.ranges import JOIN, PREFIX, STEP
 
 EVERY_ROLE = "(all)"
@@ -57,6 +59,24 @@ _STAGES = {f"{STAGE_RANGE}{stage}": Place(stage) for stage in STAGES}
 _VALIDATION = _STAGES[f"{STAGE_RANGE}validation"]
 _IN_OPTIMIZER = Place("optimizer")
 _STEP = Place("optimizer", ((UNATTRIBUTED, 1.0),))
+
+
+def places_of(spans: Sequence[tuple[Event, int, int]], parents: Sequence[int]) -> list[Place | None]:
+    """The place inside each event, with its start and end; `None` where nothing says it.
+
+    Args:
+        spans: of one thread, in order of their starts, those outside first.
+        parents: index of the event that each lies in; see `lit_symopt.profiling.nesting`.
+    """
+    updates = [start for event, start, _ in spans if event.category == ANNOTATION and event.name == STEP]
+    places: list[Place | None] = []
+    for (event, start, end), parent in zip(spans, parents, strict=True):
+        place = None if parent == NONE else places[parent]
+        if event.category == ANNOTATION:
+            has_ranges = bisect_left(updates, start) < bisect_left(updates, end)
+            place = opened(event, place, has_ranges=has_ranges)
+        places.append(place)
+    return places
 
 
 def opened(annotation: Event, around: Place | None, *, has_ranges: bool) -> Place | None:
