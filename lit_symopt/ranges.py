@@ -124,7 +124,7 @@ class _Range:
 
     def __init__(self, name: str, subject: Subject | None = None) -> None:
         self._name = name
-        # Below, what `torch.profiler.record_function` is made of: it takes arguments as text only, which no trace shows.
+        # Below is what `record_function` is made of, which takes arguments as text only, and no trace shows that.
         self._arguments = () if subject is None else (*subject.elements.values(), _of_shape(subject.shape))
         self._nvtx = _nvtx > 0
 
