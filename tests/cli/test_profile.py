@@ -65,6 +65,10 @@ class Slowed(Qwen3):
 """
 
 
+# Tests that a shell has started in the background ignore Ctrl-C, and would hand that down.
+HEARING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which a recipe with an overlay was profiled against another stack, and what that printed."""
@@ -281,7 +285,7 @@ def test_what_ends_a_profile_ends_its_run_and_leaves_nothing(place: Path, number
     scratch.mkdir()
     options = ["--config", "tiny.yaml", "--spec", "spec.yaml", "--output", "new"]
     profile = subprocess.Popen(
-        [sys.executable, "-m", "lit_symopt", "profile", *options],
+        [sys.executable, "-c", HEARING, sys.executable, "-m", "lit_symopt", "profile", *options],
         env={**os.environ, "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
