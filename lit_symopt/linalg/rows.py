@@ -46,12 +46,9 @@ class Rows:
         """[..., k, n] → [..., 1, n]: the sum over all rows of the matrix."""
         return x.sum(dim=-2, keepdim=True)
 
-    def mean(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """[..., k, n] → [..., 1, n]: the mean over all rows, accumulated and returned in `dtype` (default: that of x).
-
-        Row shards ignore `dtype` and take float64.
-        """
-        return x.mean(dim=-2, keepdim=True, dtype=dtype)
+    def mean(self, x: Tensor) -> Tensor:
+        """[..., k, n] → [..., 1, n]: the mean over all rows, in the dtype of `x`; row shards take float64."""
+        return x.mean(dim=-2, keepdim=True)
 
     def max(self, x: Tensor) -> Tensor:
         """[..., k, n] → [..., 1, n]: the maximum over all rows of numbers that are not negative."""
@@ -106,7 +103,7 @@ class RowShards(Rows):
         """[K, k, n] → float64 [K, 1, n]; exchanges 8·n bytes a matrix."""
         return self.total(self.keep(x).sum(dim=-2, keepdim=True, dtype=torch.float64))
 
-    def mean(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    def mean(self, x: Tensor) -> Tensor:
         """[K, k, n] → float64 [K, 1, n]; exchanges 8·n bytes a matrix."""
         return self.sum(x) / self._count
 

@@ -15,7 +15,7 @@ from tests.row_shards import on_shards
 COUNTS = [(5, 0), (0, 1), (2, 6)]  # 7 rows of 2 matrices on 3 ranks
 REDUCTIONS: dict[str, Callable[[Rows, Tensor], Tensor]] = {
     "sum": lambda rows, x: rows.sum(x),
-    "mean": lambda rows, x: rows.mean(x, dtype=torch.float64),
+    "mean": lambda rows, x: rows.mean(x.to(torch.float64)),
     "max": lambda rows, x: rows.max(x),
     "gram": lambda rows, x: rows.gram(x),
 }
