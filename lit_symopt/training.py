@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from time import time
+from time import sleep, time
 from typing import Any, TypeVar
 
 import lightning as L
@@ -148,9 +148,15 @@ def run(arguments: Sequence[str] | None) -> None:
         trainer_defaults={"callbacks": [_NothingHalfWritten()]},
     )
     if dist.is_initialized():
-        # Left to the end of the process, gloo's threads may abort it: "terminate called without an active exception".
         dist.destroy_process_group()
+        # A thread of gloo's that has just finished a collective still has to let go of its tensors, and needs the
+        # interpreter's lock for that. Asking for it while the interpreter ends aborts the process ("terminate called
+        # without an active exception"), so the lock is left to it for a moment.
+        sleep(LEAVE_TO_GLOO)
 
+
+LEAVE_TO_GLOO = 0.2
+"""Seconds before a process ends in which threads of a process group can come to rest."""
 
 CLI = TypeVar("CLI", bound=TrainingCLI)
 
