@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from lit_symopt.backends import check_backend, check_scratch
 from lit_symopt.blocks import Role
 from lit_symopt.errors import ConfigError
-from lit_symopt.linalg import Precision
+from lit_symopt.linalg import Backend, Precision
 from lit_symopt.rules import Scale, get_rule
 
 StackName = Literal["symmetric", "muon", "polargrad", "ssd", "scion", "adamw"]
@@ -42,6 +43,7 @@ class RoleConfig:
         weight_decay: decoupled decay, `W ← (1 − lr·wd) W − lr·U`.
         heads: update attention per head (`separate`) or as whole matrices (`whole`).
         pairs: let a fused gate/up hold neuron pairs `[gate_j, up_j]` as rows instead of two matrices.
+        backend: by whose kernels the step is computed, see `SymOptConfig`.
     """
 
     rule: str | None = None
@@ -60,12 +62,15 @@ class RoleConfig:
     weight_decay: float | None = None
     heads: Literal["separate", "whole"] | None = None
     pairs: bool | None = None
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         if self.rule is not None:
             get_rule(self.rule)
         if self.scale is not None and self.scale not in get_args(Scale):
             raise ConfigError(f"unknown scale {self.scale!r}; known: {', '.join(get_args(Scale))}")
+        if self.backend is not None:
+            check_backend(self.backend)
         if self.lr is not None and self.lr_multiplier is not None:
             raise ConfigError(f"lr={self.lr} and lr_multiplier={self.lr_multiplier} both set a role's rate; keep one")
 
@@ -120,9 +125,16 @@ class SymOptConfig:
         precision: arithmetic of polar factors for all roles.
         roles: overrides by role, such as `{"embedding": RoleConfig(lr_multiplier=3.0)}`.
         schedule: warm-up and decay in optimizer steps.
+        backend: by whose kernels steps are computed: `eager` (torch's operations), `compile` (`torch.compile`),
+            `triton` (kernels for CUDA), `gram-newton-schulz` (the package, for polar factors) or `auto`, which is
+            `eager`. The others take over polar factors in bfloat16 (precision `bf16`, or `auto` on an accelerator) and,
+            but for the package, whole steps of `row_norm` in float32; what else there is in a model is computed as
+            `eager` does it (`SymOpt.explain` says which), but a backend that cannot run on the device is an error.
+        scratch: MiB that a step may borrow for intermediates on each device; larger batches are cut. Default: 256, or
+            one matrix where that is more.
 
     Raises:
-        ConfigError: for an unknown stack, role, rule or scale, naming the known ones.
+        ConfigError: for an unknown stack, role, rule, scale or backend, naming the known ones.
     """
 
     stack: StackName = "symmetric"
@@ -131,6 +143,8 @@ class SymOptConfig:
     precision: Precision = "auto"
     roles: dict[str, RoleConfig] = field(default_factory=dict)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    backend: Backend = "auto"
+    scratch: float | None = None
 
     def __post_init__(self) -> None:
         from lit_symopt.stacks import get_stack
@@ -142,5 +156,7 @@ class SymOptConfig:
             raise ConfigError(f"unknown role(s) {', '.join(map(repr, unknown))} in roles; known: {', '.join(known)}")
         if self.precision not in ("exact", "fp32", "bf16", "auto"):
             raise ConfigError(f"unknown precision {self.precision!r}; known: 'exact', 'fp32', 'bf16', 'auto'")
+        check_backend(self.backend)
+        check_scratch(self.scratch)
         if self.lr is not None and not self.lr >= 0.0:
             raise ConfigError(f"lr={self.lr} must not be negative")

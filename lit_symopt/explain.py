@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_symopt.backends import chosen, takes
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Shape
@@ -37,6 +38,7 @@ def explain(optimizer: SymOpt, name: str) -> str:
         f"  centered  {_centering(group)}",
         f"  momentum  {_momentum(group)}",
         f"  step      {_step(group, shape)}",
+        f"  backend   {_backend(group, shape)}",
         f"  source    {rule.source}",
     ]
     return "\n".join(lines)
@@ -86,6 +88,24 @@ def _step(group: dict[str, Any], shape: Shape) -> str:
     factors += [_scale(group, shape)] if group["scale"] != "none" else []
     kept = f"(1 − {lr:g}·{decay:g}) W" if decay else "W"
     return f"W ← {kept} − {' · '.join(factors)} · U"
+
+
+def _backend(group: dict[str, Any], shape: Shape) -> str:
+    backend = chosen(group["backend"])
+    if backend == "eager":
+        return backend
+    tensor = group["params"][0]
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    part = takes(
+        backend,
+        group,
+        dtype=torch.float32 if half else tensor.dtype,
+        device_type=tensor.device.type,
+        longest_row=max(part.n for part in layout_of(group, shape).parts(shape)),
+    )
+    if part is None:
+        return f"eager: {backend} has nothing to do for this rule in precision {group['precision']} on this device"
+    return f"{backend}, for " + {"polar": "the polar factor", "row_step": "the whole step"}[part]
 
 
 def _scale(group: dict[str, Any], shape: Shape) -> str:

@@ -16,6 +16,9 @@ from torch import Tensor
 from lit_symopt.errors import GradientError
 from lit_symopt.ranges import FINITE, phase
 
+LARGE = 1 << 20
+"""Entries of a gradient that is worth a call of its own."""
+
 
 class FiniteCheck:
     """Decides once per step whether all gradients are finite.
@@ -85,18 +88,50 @@ def undone_unless(admitted: Tensor | None, tensors: Sequence[Tensor]) -> Iterato
             tensor.copy_(torch.where(admitted.to(tensor.device, non_blocking=True), tensor, old))
 
 
+class Refusal:
+    """A refused step as torch's fused operations take it, on each device: a float32 scalar, 1 if refused, else 0.
+
+    Args:
+        admitted: of `FiniteCheck.admit`.
+    """
+
+    def __init__(self, admitted: Tensor | None) -> None:
+        self._flag = None if admitted is None else (~admitted).to(torch.float32)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """The scalar on a device; `None` if the step is certain to be taken."""
+        if self._flag is None:
+            return None
+        if device not in self._on:
+            self._on[device] = self._flag.to(device, non_blocking=True)
+        return self._on[device]
+
+
 def _are_finite(gradients: Sequence[Tensor]) -> Tensor:
     """One flag for each gradient, together on the device of the first."""
+    if all(part.device.type == "cpu" for part in gradients):
+        finite = torch.isfinite(_together(_signs_of_life(gradients)))
+        for index in finite.logical_not().nonzero().flatten().tolist():
+            finite[index] = torch.isfinite(torch.stack(torch.aminmax(gradients[index]))).all()
+        return finite
     # Of an empty part there is no maximum; a zero in its place is as finite.
     parts = [part if part.numel() else part.new_zeros(1) for part in gradients]
-    if all(part.device.type == "cpu" for part in parts):
-        # On a CPU the Euclidean norm takes a thirtieth of the time. Its squares can overflow where nothing is infinite:
-        # then the other one decides.
-        finite = torch.isfinite(_together(torch._foreach_norm(parts)))
-        if finite.all():
-            return finite
-    # The maximum norm carries inf and NaN along and, unlike a sum of squares, cannot overflow by itself.
+    # The maximum norm carries inf and NaN along and, unlike a sum, cannot overflow by itself.
     return torch.isfinite(_together(torch._foreach_norm(parts, float("inf"))))
+
+
+def _signs_of_life(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """A number for each gradient on a CPU that is not finite if any of its entries is not, and rarely otherwise.
+
+    A sum carries inf and NaN along and takes half of the time of a norm; but norms of many tensors are one call.
+    """
+    found = [gradient.sum() if gradient.numel() >= LARGE else gradient for gradient in gradients]
+    small = [index for index, gradient in enumerate(gradients) if gradient.numel() < LARGE]
+    if small:
+        for index, norm in zip(small, torch._foreach_norm([gradients[index] for index in small]), strict=True):
+            found[index] = norm
+    return found
 
 
 def _together(norms: Sequence[Tensor]) -> Tensor:

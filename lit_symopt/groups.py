@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from lit_symopt.backends import check_scratch, require_backend
 from lit_symopt.blocks import shape_of
 from lit_symopt.errors import ConfigError
 from lit_symopt.layout import Layout
@@ -29,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "weight_decay": 0.0,
     "master_weights": True,
+    "backend": "auto",
+    "scratch": None,
 }
 
 # What a checkpoint must share with the optimizer that loads it: these decide what the saved state means. The other
@@ -70,6 +75,9 @@ def validate_group(group: Mapping[str, Any]) -> None:
         )
     if group["layout"] is not None and not isinstance(group["layout"], Layout):
         raise ConfigError(f"{where}: layout={group['layout']!r} must be a Layout, such as Layout.matrix()")
+    check_scratch(group["scratch"], f"{where}: ")
+    for device in dict.fromkeys([torch.device("meta"), *(parameter.device for parameter in group["params"])]):
+        require_backend(group["backend"], device, f"{where}: ")
     for parameter in group["params"]:
         if parameter.is_complex():
             raise ConfigError(

@@ -16,12 +16,13 @@ from lit_symopt.blocks import Block, BlockTaxonomy, shape_of
 from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import CheckpointError, ConfigError, GradientError
 from lit_symopt.explain import explain
-from lit_symopt.finite import FiniteCheck, undone_unless
+from lit_symopt.finite import FiniteCheck, Refusal
 from lit_symopt.groups import DEFAULTS, MEANING, validate_group
 from lit_symopt.ranges import EVERYTHING, FINITE, Subject, phase
 from lit_symopt.ranges import step as range_of_step
+from lit_symopt.scratch import Arena
 from lit_symopt.stacks import settings_for
-from lit_symopt.update import Member, local_part, make_state, subject_of, update
+from lit_symopt.update import BATCHED_BY, Member, local_part, make_state, subject_of, update
 
 if TYPE_CHECKING:
     from lit_symopt.sharding.holdings import Distribution
@@ -74,6 +75,8 @@ class SymOpt(torch.optim.Optimizer):
         self._finite = FiniteCheck()
         self._versions: dict[Tensor, int] = {}
         self._distributed: DistributedStep | None = None
+        self._prepared: _Prepared | None = None
+        self._arena = Arena()  # what all buckets borrow, one after the other
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -143,7 +146,9 @@ class SymOpt(torch.optim.Optimizer):
 
     def _step(self) -> None:
         with phase(EVERYTHING, "prepare"):
-            found = self._with_gradients()
+            key = self._made_of() if self._distributed is None else []
+            prepared = self._prepared if self._prepared is not None and self._prepared.still(key, self.state) else None
+            found = self._with_gradients() if prepared is None else prepared.with_gradients()
         if not found and any(parameter.numel() for group in self.param_groups for parameter in group["params"]):
             warnings.warn(
                 "no parameter of the optimizer has a gradient, so this step does nothing. Call backward before it; if "
@@ -156,15 +161,43 @@ class SymOpt(torch.optim.Optimizer):
         with phase(FINITE, "check"):
             admitted = self._finite.admit([name for name, _, _ in found], [_gradient(p) for _, p, _ in found])
         with phase(EVERYTHING, "prepare"):
-            members = [self._member(name, parameter, group) for name, parameter, group in found]
-            buckets = self._buckets(members)
-        for bucket in buckets:
+            prepared = prepared or self._prepare(key, found)
+            for member in prepared.members:
+                member.gradient = _gradient(member.parameter)
+            for member in prepared.half:
+                member.weight = self._weight(member.parameter, member.group)
+        refusal = Refusal(admitted)
+        for bucket in prepared.buckets:
             with phase(subject_of, "prepare", bucket):
-                touched = [tensor for member in bucket for tensor in member.touched()]
-                with undone_unless(admitted, touched):
-                    update(bucket)
+                update(bucket, scratch=self._arena, refused=refusal.on(bucket[0].weight.device))
         with phase(EVERYTHING, "prepare"):
-            self._remember_versions(members)
+            self._remember_versions(prepared.half)
+
+    def _made_of(self) -> list[Any]:
+        """Everything that decides who is updated together with whom, to be compared with what it was."""
+        return [
+            (
+                [group[option] for option in BATCHED_BY],
+                [id(parameter) for parameter in group["params"]],
+                [
+                    parameter.grad is not None
+                    and (parameter.dtype, parameter.grad.dtype, parameter.shape, parameter.device)
+                    for parameter in group["params"]
+                ],
+            )
+            for group in self.param_groups
+        ]
+
+    def _prepare(self, key: list[Any], found: list[tuple[str, Tensor, dict[str, Any]]]) -> _Prepared:
+        """Members and buckets of a step, kept until what they were made of changes."""
+        members = []
+        for name, parameter, group in found:
+            weight = self._weight(parameter, group)
+            member = Member(name, _gradient(parameter), weight, parameter, group, self.state[parameter])
+            make_state(member)
+            members.append(member)
+        self._prepared = _Prepared(key, members)
+        return self._prepared
 
     def check(self) -> None:
         """Wait for the device and raise the error of a step that met a non-finite gradient, if one did."""
@@ -321,14 +354,6 @@ class SymOpt(torch.optim.Optimizer):
             if member.weight is not member.parameter:
                 self._versions[member.parameter] = local_part(member.parameter)._version
 
-    @staticmethod
-    def _buckets(members: Iterable[Member]) -> list[list[Member]]:
-        buckets: dict[Hashable, list[Member]] = {}
-        for member in members:
-            make_state(member)
-            buckets.setdefault(member.bucket(), []).append(member)
-        return list(buckets.values())
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -352,7 +377,8 @@ class SymOpt(torch.optim.Optimizer):
         """
         self._compare(state_dict)
         groups = [
-            {**saved, "layout": own["layout"], "betas": tuple(saved["betas"])}  # torch's DCP makes lists of tuples
+            # How steps are computed belongs to this machine; and torch's DCP makes lists of tuples.
+            {**saved, **{key: own[key] for key in ("layout", "backend", "scratch")}, "betas": tuple(saved["betas"])}
             for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
         ]
         distributed = self._distributed
@@ -367,6 +393,7 @@ class SymOpt(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and self.state[parameter][what].dtype != value.dtype:
                     self.state[parameter][what] = value.to(parameter.device, copy=True)
         self._versions.clear()
+        self._prepared = None
 
     def _compare(self, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]
@@ -404,6 +431,33 @@ class SymOpt(torch.optim.Optimizer):
                     if what != "step" and value.shape != parameter.shape:
                         wrong.append(f"{name!r}: {what} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
         return wrong
+
+
+class _Prepared:
+    """The members of a step in buckets, with what they were made of.
+
+    Args:
+        made_of: what must not have changed.
+        members: in the order of the groups.
+    """
+
+    def __init__(self, made_of: list[Any], members: list[Member]) -> None:
+        self.made_of, self.members = made_of, members
+        buckets: dict[Hashable, list[Member]] = {}
+        for member in members:
+            buckets.setdefault(member.bucket(), []).append(member)
+        self.buckets = list(buckets.values())
+        self.half = [member for member in members if member.weight is not member.parameter]
+
+    def still(self, made_of: list[Any], state: Mapping[Tensor, Any]) -> bool:
+        """Whether it holds for a step that is made of this, with the state where it was."""
+        return made_of == self.made_of and all(state.get(member.parameter) is member.state for member in self.members)
+
+    def with_gradients(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """Name, tensor and group of the members."""
+        for member in self.members:
+            _refuse_unusable(member.name, _gradient(member.parameter))
+        return [(member.name, member.parameter, member.group) for member in self.members]
 
 
 def _different_parameters(name: Any, saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

@@ -195,6 +195,8 @@ def settings_for(block: Block, config: SymOptConfig) -> dict[str, Any]:
     chosen["layout"] = _layout(block, chosen)
     chosen["centered"] = _centered(block, chosen["centered"])
     chosen["precision"] = chosen["precision"] or config.precision
+    chosen["backend"] = chosen["backend"] or config.backend
+    chosen["scratch"] = config.scratch
     return {key: value for key, value in chosen.items() if key not in ("lr_multiplier", "heads", "pairs")}
 
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from lit_symopt.linalg.coefficients import MUON_QUINTIC, polar_express
+from lit_symopt.linalg.forms import Form, plain
 from lit_symopt.linalg.newton_schulz import iterate
-from lit_symopt.linalg.polar import polar_by
+from lit_symopt.linalg.polar import BF16, polar_by
 
 SEED = 20260317
 REPETITIONS = 7
@@ -46,11 +47,19 @@ def iterate_muon(x: Tensor) -> Tensor:
     return u if tall is x else u.mT
 
 
+def in_form(form: Form) -> Method:
+    """Method `bf16` in a form of one's own choice."""
+    return lambda x: iterate((x / x.abs().amax(dim=(-2, -1), keepdim=True)).bfloat16(), BF16, form=form).float()
+
+
 METHODS: dict[str, Method] = {
     "`exact`: svd": lambda x: polar_by("svd", x),
     "`fp32`: eigh": lambda x: polar_by("eigh", x),
     "`fp32`: iteration": lambda x: polar_by("iteration", x),
     "`bf16`": lambda x: polar_by("bf16", x),
+    "`bf16`, form (1, 1, 1, 1, 1)": in_form(plain(5)),
+    "`bf16`, form (2, 1, 2)": in_form((2, 1, 2)),
+    "`bf16`, form (2, 3) (not used)": in_form((2, 3)),
     "float32 on X, 6 steps (not used)": iterate_float32,
     "Muon quintic, 5 steps (not used)": iterate_muon,
 }

@@ -73,7 +73,9 @@ STACKS = ["symmetric", "muon", "polargrad", "ssd", "scion", "adamw"]
 def test_adamw_groups_are_torch_adamw_exactly() -> None:
     ours, theirs = Net(), Net()
     optimizer = SymOpt(ours.parameters(), lr=1e-2, rule="adamw", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    reference = torch.optim.AdamW(
+        theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+    )
     train(ours, optimizer, 20), train(theirs, reference, 20)
     assert_same(weights(ours), weights(theirs))
 

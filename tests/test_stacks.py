@@ -93,7 +93,7 @@ def test_scion_gives_vectors_a_step_of_root_mean_square_radius() -> None:
 def test_adamw_is_torch_adamw_on_every_role(gradients: Tensor) -> None:
     before, after = step_once(Role.ROUTER, gradients, stack="adamw", lr=1e-2)
     reference = nn.Parameter(before.clone())
-    optimizer = torch.optim.AdamW([reference], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW([reference], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for gradient in gradients:
         reference.grad = gradient.clone()
         optimizer.step()

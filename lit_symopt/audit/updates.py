@@ -140,7 +140,7 @@ def _measure(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said once, when the optimizer's groups were made
         chosen = settings_for(block, config)
-    settings = {**chosen, "precision": "fp32", "lr": 1.0, "name": block.name}
+    settings = {**chosen, "precision": "fp32", "backend": "eager", "lr": 1.0, "name": block.name}
     weight = values[block.name].float()
     given = [gradient[block.name].float() for gradient in gradients if block.name in gradient]
     layout: Layout = settings["layout"]

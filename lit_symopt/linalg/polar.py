@@ -7,7 +7,7 @@ r"""The polar factor of a batch of matrices, in the precision asked for.
 | `exact` | `svd`: singular value decomposition in float64 | everywhere; float64 matrices whatever the precision |
 | `fp32` | `eigh`: the Gram matrix of the smaller side, accumulated and decomposed in float64 | CPU; side ≤ 256 |
 | | `iteration`: the same Gram matrix, nine steps of Polar Express in float64 | accelerators, side > 256 |
-| `bf16` | `bf16`: five steps of Polar Express on the matrix in bfloat16 | everywhere |
+| `bf16` | `bf16`: five steps of Polar Express in bfloat16, on the matrix or in Gram form (`forms`) | everywhere |
 | `auto` | that of `fp32` on a CPU, `bf16` on an accelerator | |
 
 Errors ‖U - U_ref‖/‖U_ref‖ (Frobenius) against a float64 singular value decomposition of the same float32 matrix, upper
@@ -45,8 +45,19 @@ from torch import Tensor
 from lit_symopt.errors import ConfigError
 from lit_symopt.linalg.coefficients import polar_express
 from lit_symopt.linalg.decompose import inverse_root_eigh, inverse_root_svd
-from lit_symopt.linalg.newton_schulz import inverse_root_iteration, iterate
+from lit_symopt.linalg.execution import EAGER, Execution
+from lit_symopt.linalg.forms import choose_form
+from lit_symopt.linalg.newton_schulz import (
+    PYTORCH,
+    Products,
+    gram_and_norm,
+    gram_buffer,
+    inverse_root_iteration,
+    iterate_from,
+    scratch_bytes,
+)
 from lit_symopt.linalg.rows import WHOLE, Rows
+from lit_symopt.scratch import FRESH, Scratch
 
 Precision = Literal["exact", "fp32", "bf16", "auto"]
 Method = Literal["svd", "eigh", "iteration", "bf16"]
@@ -59,13 +70,25 @@ DECOMPOSE_UP_TO = 256
 
 # Five steps as in Muon. The Schatten-4 norm that `iterate` starts from is up to n^{1/4} times closer to σ₁ than the
 # Frobenius norm, so a larger lower bound than the published 1e-3 reaches as far down, and converges.
-_BF16 = {"lower": 3e-3, "cushion": 0.1, "safety": 1.01}
+# The safety is what bfloat16 needs, the Gram form most of all (see `forms`).
 BF16_STEPS = 5
+BF16 = polar_express(lower=3e-3, steps=BF16_STEPS, cushion=0.1, safety=1.08)
+"""The quintics of method `bf16`, in either form."""
+
+_TRUSTED = 2.0**-22, 2.0**22
+"""Between these Schatten-4 norms no square that matters over- or underflows in the range of float32 exponents."""
+_EXPONENT = 0x7F800000
+"""The bits of a float32 number that hold its exponent."""
 
 
 @torch.no_grad()
 def polar(
-    x: Tensor, *, precision: Precision = "auto", as_dtype: torch.dtype | None = None, rows: Rows = WHOLE
+    x: Tensor,
+    *,
+    precision: Precision = "auto",
+    as_dtype: torch.dtype | None = None,
+    rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> Tensor:
     """The polar factor of each matrix of `x` [..., m, n]: same shape, same dtype; `x` is not written.
 
@@ -77,6 +100,7 @@ def polar(
         as_dtype: compute `x` as if it were of this dtype. A float64 intermediate that stems from float32 data needs the
             promises of float32 only.
         rows: where the rows of each matrix lie. Shards exchange the upper triangle of one Gram matrix.
+        how: by whose kernels and in whose memory `bf16` is computed; the result may lie in memory that it lends.
 
     Raises:
         ConfigError: for an unknown precision, for what is not a batch of real matrices, and for row shards of which a
@@ -97,7 +121,7 @@ def polar(
             f"methods {' and '.join(GRAM_METHODS)}, not of {m} x {n} by {method!r} (precision {precision!r}, "
             f"{as_dtype or x.dtype} on {x.device.type}); put the matrix together, or choose precision 'fp32'"
         )
-    return polar_by(method, x, rows=rows)
+    return polar_by(method, x, rows=rows, how=how)
 
 
 def method_for(precision: Precision, *, dtype: torch.dtype, device_type: str, side: int) -> Method:
@@ -111,7 +135,7 @@ def method_for(precision: Precision, *, dtype: torch.dtype, device_type: str, si
     return "eigh" if device_type == "cpu" or side <= DECOMPOSE_UP_TO else "iteration"
 
 
-def polar_by(method: Method, x: Tensor, *, rows: Rows = WHOLE) -> Tensor:
+def polar_by(method: Method, x: Tensor, *, rows: Rows = WHOLE, how: Execution = EAGER) -> Tensor:
     """The polar factor of each matrix of `x` [..., m, n] by a given method, through the smaller side.
 
     Row shards take one of `GRAM_METHODS`, and the side of the columns.
@@ -121,7 +145,11 @@ def polar_by(method: Method, x: Tensor, *, rows: Rows = WHOLE) -> Tensor:
     if not rows.whole:
         return _polar_of_shards(method, x, rows)
     if method == "bf16":
-        return _polar_by_iteration(x)
+        if how.backend not in ("auto", "eager"):
+            from lit_symopt.backends.polar import polar_by_backend  # which imports this module
+
+            return polar_by_backend(x, how)
+        return _polar_by_iteration(x, how.scratch)
     if x.shape[-2] < x.shape[-1]:
         return _polar_of_tall(method, x.mT).mT.contiguous()
     return _polar_of_tall(method, x)
@@ -156,11 +184,85 @@ def _polar_of_shards(method: Method, x: Tensor, rows: Rows) -> Tensor:
     return rows.keep(torch.where(finite, work / unit.sqrt() @ root, torch.nan).to(x.dtype))
 
 
-def _polar_by_iteration(x: Tensor) -> Tensor:
-    work = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    work, _ = _safe(work)
+@torch.no_grad()
+def polar_bf16(
+    x: Tensor, *, products: Products = PYTORCH, scratch: Scratch = FRESH, out: Tensor | None = None
+) -> Tensor:
+    """The polar factor of each matrix of `x` [..., m, n] as method `bf16` computes it, in bfloat16, contiguous.
+
+    On a CPU, where asking costs nothing, entries are scaled only if a norm other than zero says that they must be:
+    bfloat16 has the exponents of float32, and a power of two changes no digit.
+
+    Args:
+        x: real matrices, none of them empty, of any floating dtype and any strides; not written.
+        products: by whose kernels.
+        scratch: where `polar_scratch_bytes` a matrix are borrowed, the result among them without `out`.
+        out: contiguous bfloat16 of the shape of `x`, sharing no memory with it; the result is written there.
+    """
+    work = scratch.like(x, torch.bfloat16)
+    batch = work.view(-1, *x.shape[-2:])
+    gram = gram_buffer(batch, scratch)
+    if x.device.type == "cpu":
+        work.copy_(x)
+        norm = gram_and_norm(batch, gram, products)
+        low, high = norm.aminmax()
+        if not (_TRUSTED[0] <= float(low) and float(high) <= _TRUSTED[1]):  # NaN is neither
+            trusted = (norm >= _TRUSTED[0]) & (norm <= _TRUSTED[1])
+            if not bool((trusted | (_peak(x).view_as(norm) == 0)).all()):
+                _scale_into(work, x)
+                norm = gram_and_norm(batch, gram, products)
+    else:
+        _scale_into(work, x)
+        norm = gram_and_norm(batch, gram, products)
     # Products carry what is not finite into every entry.
-    return iterate(work.bfloat16(), polar_express(steps=BF16_STEPS, **_BF16)).to(x.dtype)
+    return iterate_from(
+        batch,
+        gram,
+        norm,
+        BF16,
+        form=choose_form(*x.shape[-2:], steps=BF16_STEPS),
+        products=products,
+        scratch=scratch,
+        out=None if out is None else out.view(batch.shape),
+    ).view(x.shape)
+
+
+def polar_scratch_bytes(m: int, n: int, *, dtype: torch.dtype, out: bool = False) -> int:
+    """Bytes of scratch that method `bf16` borrows for a matrix m x n.
+
+    Args:
+        m, n: of the matrix.
+        dtype: of the result: bfloat16 for `polar_bf16`, any other for `polar`, which converts it.
+        out: whether the result has memory of its own.
+
+    Example:
+        >>> polar_scratch_bytes(512, 256, dtype=torch.bfloat16, out=True) == 2 * (512 * 256 + 3 * 256 * 256)
+        True
+    """
+    form = choose_form(m, n, steps=BF16_STEPS)
+    direct = dtype == torch.bfloat16
+    result = 0 if out or direct else m * n * dtype.itemsize
+    return result + 2 * m * n + scratch_bytes(m, n, form=form, overwrite=True, out=out and direct)
+
+
+def _polar_by_iteration(x: Tensor, scratch: Scratch) -> Tensor:
+    if x.dtype == torch.bfloat16:
+        return polar_bf16(x, scratch=scratch)
+    result = scratch.like(x)
+    with scratch.lend():
+        return result.copy_(polar_bf16(x, scratch=scratch))
+
+
+def _scale_into(work: Tensor, x: Tensor) -> None:
+    """Each matrix of `x` divided by the power of two at or below its largest entry, in the dtype of `work`."""
+    # Whatever is not finite has the exponent of infinity, which makes NaN of it; zeros and the denormal have none.
+    unit = (_peak(x).float().view(torch.int32) & _EXPONENT).view(torch.float32)
+    torch.div(x, unit.clamp_(min=torch.finfo(torch.float32).tiny), out=work)
+
+
+def _peak(x: Tensor) -> Tensor:
+    """The largest entry of each matrix of [..., m, n], without its sign: [..., 1, 1]."""
+    return torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
 
 
 def _polar_of_tall(method: Method, x: Tensor) -> Tensor:
@@ -182,5 +284,5 @@ def _safe(work: Tensor) -> tuple[Tensor, Tensor]:
     It rounds, where a power of two would not, but at the working precision, which has digits to spare, and it needs no
     care for exponents out of range.
     """
-    peak = torch.maximum(work.amax(dim=(-2, -1), keepdim=True), -work.amin(dim=(-2, -1), keepdim=True))
+    peak = _peak(work)
     return work / torch.where(peak > 0, peak, 1), peak

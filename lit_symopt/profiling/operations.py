@@ -4,7 +4,8 @@ Counted as `lit_symopt.linalg` computes today, a multiply-add as 2, for a matrix
 
 | method | products | decomposition |
 |---|---|---|
-| `bf16`, 5 steps | 5 (4mn² + 2n³): XᵀX, G², X(bG + cG²) | |
+| `bf16`, 5 steps on X | 5 (4mn² + 2n³): XᵀX, G², X(bG + cG²) | |
+| `bf16`, Gram form (`linalg.forms`) | 3 · 4mn² + 22n³: XᵀX, XQ; 5 for G², 2 for QP, 4 for PGP | |
 | `iteration`, 9 steps | 4mn² + 80n³: XᵀX, XR; 2 for the norm, 4 a step, 2 of the filter | n³/3 Cholesky, 2n³ solve |
 | `eigh` | 4mn² + 2n³: XᵀX, XR; V f(λ) Vᵀ | 14n³/3 |
 | `svd` | 2mn² + 2n³: XR; V f(σ) Vᵀ | min(14mn² + 8n³, 6mn² + 20n³) |
@@ -14,6 +15,9 @@ conquer (`syevd`) without deflation: 4n³/3 for the tridiagonal form; n³ for th
 blocks are n/2 × n/2, and 1/4 of that for the merges before, and so on, 4n³/3; and 2n³ to transform the vectors back.
 (The QR algorithm would take 9n³.) `svd` is the cheaper of the Golub-Reinsch and the R-bidiagonalization algorithms with
 U₁, Σ and V.
+
+On a CPU a batch of `bf16` in which a norm is out of the usual range takes its first Gram matrices twice, after it was
+scaled; that is not counted.
 
 Element by element only what mathematics asks for is counted, not what a careful implementation adds: 2 an entry for a
 projection or an inner product, 3 for a row norm and the division by it.
@@ -30,6 +34,7 @@ from typing import Any
 
 import torch
 
+from lit_symopt.linalg.forms import choose_form, form_operations
 from lit_symopt.linalg.newton_schulz import GRAM_STEPS
 from lit_symopt.linalg.polar import BF16_STEPS, Method, method_for
 from lit_symopt.rules import get_rule
@@ -88,7 +93,8 @@ def polar_operations(method: Method, *, m: int, n: int, count: int = 1, rows: in
     long, n = (max(m, n), min(m, n)) if rows is None else (rows, n)
     by_rows, cube = float(2 * long * n * n), float(n**3)
     if method == "bf16":
-        return Operations(products=count * BF16_STEPS * (2 * by_rows + 2 * cube))
+        form = choose_form(long, n, steps=BF16_STEPS)
+        return Operations(products=float(count * form_operations(form, m=long, n=n)))
     if method == "iteration":
         in_gram = 4 + 8 * GRAM_STEPS + 4
         return Operations(products=count * (2 * by_rows + in_gram * cube), decompositions=count * (1 / 3 + 2) * cube)

@@ -16,7 +16,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
-from lit_symopt.linalg import WHOLE, Precision, Rows
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows
 from lit_symopt.rules.rule import Rule
 
 
@@ -28,6 +28,7 @@ def adamw(
     eps: float = 1e-8,
     row_damping: float = 0.0,
     rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> NoReturn:
     """Raises `ConfigError`: AdamW is a step of `SymOpt` or of `torch.optim.AdamW`, not a function of the momentum."""
     raise ConfigError(

@@ -21,32 +21,43 @@ from torch import Tensor
 def ema_(buffers: Sequence[Tensor], gradients: Sequence[Tensor], beta: float) -> list[Tensor]:
     """`buffers` ← β·`buffers` + (1-β)·`gradients`; the directions returned *are* the buffers, to be read only.
 
+    Computed as B + (1-β) (G - B), which reads and writes memory once.
+
     >>> buffer = torch.tensor([1.0])
     >>> ema_([buffer], [torch.tensor([3.0])], 0.5)
     [tensor([2.])]
     """
-    _accumulate_(buffers, gradients, beta, weight=1 - beta)
+    if buffers:  # the foreach operations refuse empty lists
+        dtype = buffers[0].dtype
+        if gradients[0].dtype != dtype:  # a linear interpolation takes one dtype
+            gradients = [gradient.to(dtype) for gradient in gradients]
+        torch._foreach_lerp_(list(buffers), list(gradients), 1 - beta)
     return list(buffers)
 
 
 @torch.no_grad()
-def nesterov_(buffers: Sequence[Tensor], gradients: Sequence[Tensor], beta: float) -> list[Tensor]:
-    """`buffers` ← β·`buffers` + `gradients`; the directions `gradients` + β·`buffers` are fresh tensors.
+def nesterov_(
+    buffers: Sequence[Tensor], gradients: Sequence[Tensor], beta: float, *, into: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """`buffers` ← β·`buffers` + `gradients`; the directions `gradients` + β·`buffers` are other tensors.
+
+    Args:
+        buffers: the state, one tensor a parameter.
+        gradients: of the same shapes and dtype.
+        beta: of the momentum.
+        into: where to write the directions; may be the gradients themselves. Default: fresh tensors.
 
     >>> buffer = torch.tensor([1.0])
     >>> nesterov_([buffer], [torch.tensor([3.0])], 0.5), buffer
     ([tensor([4.7500])], tensor([3.5000]))
     """
-    _accumulate_(buffers, gradients, beta, weight=1.0)
     if not buffers:
         return []
-    directions = torch._foreach_mul(list(buffers), beta)
-    torch._foreach_add_(directions, list(gradients))
-    return list(directions)
-
-
-def _accumulate_(buffers: Sequence[Tensor], gradients: Sequence[Tensor], beta: float, *, weight: float) -> None:
-    if not buffers:  # the foreach operations refuse empty lists
-        return
     torch._foreach_mul_(list(buffers), beta)
-    torch._foreach_add_(list(buffers), list(gradients), alpha=weight)
+    torch._foreach_add_(list(buffers), list(gradients))
+    if into is None:
+        return list(torch._foreach_add(list(gradients), list(buffers), alpha=beta))
+    if into is not gradients:
+        torch._foreach_copy_(list(into), list(gradients))
+    torch._foreach_add_(list(into), list(buffers), alpha=beta)
+    return list(into)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_symopt.linalg import WHOLE, Precision, Rows
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows
 from lit_symopt.rules.centering import on_quotient
 from lit_symopt.rules.rule import ROW_SCALES, Rule
 
@@ -29,6 +29,7 @@ def row_norm(
     eps: float = 1e-8,
     row_damping: float = 0.0,
     rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> Tensor:
     """D(M) M for `momentum` [..., m, n], or Π D(ΠM) ΠM if `centered`.
 

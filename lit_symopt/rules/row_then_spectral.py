@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_symopt.linalg import WHOLE, Precision, Rows, polar
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows, polar
 from lit_symopt.rules.centering import on_quotient, project
 from lit_symopt.rules.row_norm import unit_rows
 from lit_symopt.rules.rule import SPECTRAL_SCALES, Rule
@@ -28,6 +28,7 @@ def row_then_spectral(
     eps: float = 1e-8,
     row_damping: float = 0.0,
     rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> Tensor:
     """polar(D(M) M) for `momentum` [..., m, n].
 
@@ -41,7 +42,7 @@ def row_then_spectral(
         units = unit_rows(x, eps=eps, damping=row_damping, rows=rows, dtype=momentum.dtype)
         if centered:
             units = project(units, rows=rows, dtype=momentum.dtype)
-        return polar(units, precision=precision, as_dtype=momentum.dtype, rows=rows)
+        return polar(units, precision=precision, as_dtype=momentum.dtype, rows=rows, how=how)
 
     return on_quotient(rule, momentum, centered=centered, precision=precision, rows=rows)
 

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from lit_symopt.linalg import WHOLE, Precision, Rows
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows
 
 Scale = Literal["none", "spectral", "aspect", "rms", "row_rms", "inverse_fan_in", "nuclear", "row_nuclear"]
 Kind = Literal["spectral", "row", "coordinate"]
@@ -20,6 +20,7 @@ class RuleFunction(Protocol):
     """momentum [..., m, n] → update [..., m, n], same dtype; pure: the momentum is never written.
 
     `rows` says where the rows of each matrix lie: with row shards [K, k, n], the update of the rows that are here.
+    `how` says by whose kernels and in whose memory it is computed; the result may lie in memory that `how` lends.
     """
 
     def __call__(
@@ -31,6 +32,7 @@ class RuleFunction(Protocol):
         eps: float = 1e-8,
         row_damping: float = 0.0,
         rows: Rows = WHOLE,
+        how: Execution = EAGER,
     ) -> Tensor: ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_symopt.linalg import WHOLE, Precision, Rows
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows
 from lit_symopt.rules.centering import on_quotient
 from lit_symopt.rules.rule import Rule
 
@@ -23,6 +23,7 @@ def sgd(
     eps: float = 1e-8,
     row_damping: float = 0.0,
     rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> Tensor:
     """A copy of `momentum` [..., m, n], or ΠM if `centered`.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_symopt.linalg import WHOLE, Precision, Rows
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows
 from lit_symopt.rules.centering import on_quotient
 from lit_symopt.rules.rule import Rule
 
@@ -25,6 +25,7 @@ def sign(
     eps: float = 1e-8,
     row_damping: float = 0.0,
     rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> Tensor:
     """sign(M) for `momentum` [..., m, n], with sign(0) = 0, or Π sign(ΠM) if `centered`.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_symopt.linalg import WHOLE, Precision, Rows, polar
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows, polar
 from lit_symopt.rules.centering import on_quotient
 from lit_symopt.rules.rule import SPECTRAL_SCALES, Rule
 
@@ -30,6 +30,7 @@ def spectral(
     eps: float = 1e-8,
     row_damping: float = 0.0,
     rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> Tensor:
     """polar(M) for `momentum` [..., m, n], or Π polar(ΠM) if `centered`. `eps` and `row_damping` have no meaning here.
 
@@ -38,8 +39,10 @@ def spectral(
     tensor([[ 0.,  1.],
             [-1.,  0.]])
     """
+    if not centered and rows.whole:
+        return polar(momentum, precision=precision, how=how)  # which chooses its own working dtype
     return on_quotient(
-        lambda x: polar(x, precision=precision, as_dtype=momentum.dtype, rows=rows),
+        lambda x: polar(x, precision=precision, as_dtype=momentum.dtype, rows=rows, how=how),
         momentum,
         centered=centered,
         precision=precision,

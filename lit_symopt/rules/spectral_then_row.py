@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_symopt.linalg import WHOLE, Precision, Rows, polar
+from lit_symopt.linalg import EAGER, WHOLE, Execution, Precision, Rows, polar
 from lit_symopt.rules.centering import on_quotient
 from lit_symopt.rules.row_norm import unit_rows
 from lit_symopt.rules.rule import ROW_SCALES, Rule
@@ -28,6 +28,7 @@ def spectral_then_row(
     eps: float = 1e-8,
     row_damping: float = 0.0,
     rows: Rows = WHOLE,
+    how: Execution = EAGER,
 ) -> Tensor:
     """D(P) P with P = polar(M) for `momentum` [..., m, n], or Π D(P) P with P = polar(ΠM) if `centered`.
 
@@ -39,7 +40,7 @@ def spectral_then_row(
     """
 
     def rule(x: Tensor) -> Tensor:
-        p = polar(x, precision=precision, as_dtype=momentum.dtype, rows=rows)
+        p = polar(x, precision=precision, as_dtype=momentum.dtype, rows=rows, how=how)
         # A zero row of M has a zero row in P, but for rounding, which must not be blown up to a full step.
         p = torch.where((x == 0).all(dim=-1, keepdim=True), 0, p)
         return unit_rows(p, eps=eps, damping=row_damping, rows=rows, dtype=momentum.dtype)

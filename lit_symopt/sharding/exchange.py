@@ -16,13 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_symopt.linalg.execution import Execution
 from lit_symopt.ranges import Subject, phase
 from lit_symopt.rules import get_rule
 from lit_symopt.rules.rows import RowShards
+from lit_symopt.scratch import FRESH, Scratch
 from lit_symopt.sharding.holdings import Segment
 from lit_symopt.sharding.plan import Cell, Fragment, Plan, Round, Route, Stretch
 from lit_symopt.sharding.transport import Pending, Transport
-from lit_symopt.update import direction_to_update, matrices_to_update
+from lit_symopt.update import direction_to_update, matrices_to_update, piece_size
 
 Flats = Mapping[str, Tensor]
 """This rank's stretch of each block: 1-D, in the order of the flattened block."""
@@ -35,16 +37,19 @@ class Exchange:
         plan: the same on every rank.
         transport: of the process group the plan is for.
         segments: which stretch of each block this rank holds; only start and stop are used.
+        scratch: lends the memory of intermediates.
     """
 
-    def __init__(self, plan: Plan, transport: Transport, segments: Mapping[str, Segment]) -> None:
+    def __init__(
+        self, plan: Plan, transport: Transport, segments: Mapping[str, Segment], *, scratch: Scratch = FRESH
+    ) -> None:
         kinds: dict[Route, Callable[..., _Batch]] = {
             Route.LOCAL: _Local,
             Route.OWNER: _Owner,
             Route.ROWS: _Rows,
             Route.GRAM: _Rows,
         }
-        rounds = [kinds[one.route](one, transport, segments) for one in plan.rounds]
+        rounds = [kinds[one.route](one, transport, segments, scratch) for one in plan.rounds]
         # One exchange is under way before anything is computed.
         moving = [one for one in rounds if isinstance(one, _Owner)]
         rest = [one for one in rounds if not isinstance(one, _Owner)]
@@ -84,10 +89,11 @@ class _View:
 class _Batch(ABC):
     """What the routes have in common."""
 
-    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment]) -> None:
-        self.round, self.transport, self.segments = one, transport, segments
+    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment], scratch: Scratch) -> None:
+        self.round, self.transport, self.segments, self.scratch = one, transport, segments, scratch
         self.rank, self.device = transport.rank, transport.device
         self.options = one.named_options()
+        self.how = Execution(backend=self.options["backend"], scratch=scratch)
         self.of = _subject(one)
 
     @abstractmethod
@@ -100,19 +106,28 @@ class _Batch(ABC):
         return _View(cell.block, first + start, first + stop)
 
     def update_of(self, flat: Tensor) -> Tensor:
-        """Updates `[K, numel]` of whole cells `[K, numel]`."""
-        shape, dim = self.round.shape, self.round.dim
+        """Updates `[K, numel]` of whole cells `[K, numel]`, as many at a time as the scratch memory holds."""
+        shape, dim, layout = self.round.shape, self.round.dim, self.round.layout
         stored = (shape[dim], *shape[:dim], *shape[dim + 1 :])
-        direction = flat.view(len(flat), *stored).movedim(1, dim + 1)
-        update = direction_to_update(direction, group=self.options, layout=self.round.layout, shape=shape, of=self.of)
-        return update.movedim(dim + 1, 1).reshape(len(flat), prod(shape))
+        at_once = piece_size(
+            len(flat), self.options, layout, shape, dtype=flat.dtype, device_type=flat.device.type, of=self.of.name
+        )
+        updates = torch.empty_like(flat)
+        for piece, updated in zip(flat.split(at_once), updates.split(at_once), strict=True):
+            direction = piece.view(len(piece), *stored).movedim(1, dim + 1)
+            with self.scratch.lend():
+                update = direction_to_update(
+                    direction, group=self.options, layout=layout, shape=shape, of=self.of, how=self.how
+                )
+                updated.view(len(piece), *stored).copy_(update.movedim(dim + 1, 1))
+        return updates
 
 
 class _Local(_Batch):
     """Cells that lie whole on this rank; for coordinate rules, what lies here of them."""
 
-    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment]) -> None:
-        super().__init__(one, transport, segments)
+    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment], scratch: Scratch) -> None:
+        super().__init__(one, transport, segments, scratch)
         self.coordinate = get_rule(self.options["rule"]).kind == "coordinate" and not self.options["centered"]
         self.views: list[_View] = []
         for cell in one.cells:
@@ -176,8 +191,8 @@ class _Parcels:
 class _Owner(_Batch):
     """Cells that travel whole: lent to their owner, computed there, returned."""
 
-    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment]) -> None:
-        super().__init__(one, transport, segments)
+    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment], scratch: Scratch) -> None:
+        super().__init__(one, transport, segments, scratch)
         self.numel = prod(one.shape)
         self.mine = [cell for cell in one.cells if cell.owner == self.rank]
         place = {id(cell): index * self.numel for index, cell in enumerate(self.mine)}
@@ -219,8 +234,8 @@ class _Owner(_Batch):
 class _Rows(_Batch):
     """Row shards: every rank computes its own rows, and sums over rows are added up."""
 
-    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment]) -> None:
-        super().__init__(one, transport, segments)
+    def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment], scratch: Scratch) -> None:
+        super().__init__(one, transport, segments, scratch)
         (self.part,) = one.layout.parts(one.shape)
         n, counts = self.part.n, [cell.rows[self.rank][1] - cell.rows[self.rank][0] for cell in one.cells]
         most = max(1, *counts)

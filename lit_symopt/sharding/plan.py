@@ -31,7 +31,7 @@ from lit_symopt.rules import get_rule
 from lit_symopt.rules.rows import POLAR, payload
 from lit_symopt.sharding.holdings import Placement
 
-OPTIONS = ("rule", "centered", "scale", "alpha", "eps", "row_damping", "precision")
+OPTIONS = ("rule", "centered", "scale", "alpha", "eps", "row_damping", "precision", "backend", "scratch")
 """What decides an update besides layout and shape: these keys of a group."""
 
 SHARE_FROM = 256

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
-from lit_symopt.finite import undone_unless
+from lit_symopt.finite import Refusal
 from lit_symopt.groups import layout_of
 from lit_symopt.ranges import EVERYTHING, FINITE, phase
+from lit_symopt.scratch import Arena
 from lit_symopt.sharding.exchange import Exchange
 from lit_symopt.sharding.holdings import Distribution, Holding, Placement
 from lit_symopt.sharding.plan import OPTIONS, Block, Plan, make_plan
 from lit_symopt.sharding.report import PlanReport
 from lit_symopt.sharding.transport import Transport
-from lit_symopt.update import Member, apply, directions, local_part, subject_of, update_elements
+from lit_symopt.update import Member, apply, directions, local_part, masked, subject_of, update_elements
 
 Group = dict[str, Any]
 Planned = tuple[Holding, Group]
@@ -42,6 +43,7 @@ class DistributedStep:
         self._exchanges: dict[Hashable, Exchange] = {}
         self._order = {holding.key: index for index, holding in enumerate(distribution.holdings)}
         self._groups = self._by_key(groups)
+        self._scratch = Arena()
 
     def _by_key(self, groups: Sequence[Group]) -> dict[str, Group]:
         group_of = {name: group for group in groups for name in group["param_names"]}
@@ -111,16 +113,15 @@ class DistributedStep:
         """
         with phase(EVERYTHING, "prepare"):
             buckets = _alike([(holding, _localized(member)) for holding, member in members])
+        refusal = Refusal(admitted)
         exchanged = []
         for bucket in buckets:
             alike = [member for _, member in bucket]
-            with phase(subject_of, "prepare", alike):
-                if not _is_exchanged(alike[0].group):
-                    with undone_unless(admitted, [tensor for member in alike for tensor in member.touched()]):
-                        update_elements(alike)
-                    continue
-                with undone_unless(admitted, [tensor for member in alike for tensor in member.state.values()]):
-                    exchanged.append((bucket, directions(alike)))
+            with phase(subject_of, "prepare", alike), masked(alike, refusal.on(alike[0].weight.device)) as mask:
+                if _is_exchanged(alike[0].group):
+                    exchanged.append((bucket, directions(alike, refused=mask)))
+                else:
+                    update_elements(alike, refused=mask)
         directed = [
             (holding, member, direction)
             for bucket, found in exchanged
@@ -129,10 +130,9 @@ class DistributedStep:
         updates = self._exchange(directed)
         for bucket, found in exchanged:
             alike = [member for _, member in bucket]
-            with phase(subject_of, "prepare", alike):
+            with phase(subject_of, "prepare", alike), masked(alike, refusal.on(alike[0].weight.device)) as mask:
                 here, updates = updates[: len(found)], updates[len(found) :]
-                with undone_unless(admitted, [tensor for member in alike for tensor in member.written()]):
-                    apply(alike, here)
+                apply(alike, here, refused=mask)
 
     def _exchange(self, directed: Sequence[tuple[Holding, Member, Tensor]]) -> list[Tensor]:
         if not directed:
@@ -160,7 +160,7 @@ class DistributedStep:
         if key not in self._exchanges:
             plan = self._plans().get(key) or self._plan(planned)  # another one where some have no gradient
             segments = {segment.name: segment for holding, _ in planned for segment in holding.segments}
-            self._exchanges[key] = Exchange(plan, self.transport, segments)
+            self._exchanges[key] = Exchange(plan, self.transport, segments, scratch=self._scratch)
         return self._exchanges[key]
 
     def _plans(self) -> dict[Hashable, Plan]:

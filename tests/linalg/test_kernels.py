@@ -225,9 +225,9 @@ def test_what_a_product_cannot_take_is_refused_by_name(on: Run) -> None:
     assert "needs matrices [..., m, n], got shape (6,)" in vector
     assert "out must be contiguous float32 (4, 4)" in misfit
     assert "needs square matrices, got shape (4, 6)" in oblong
-    assert "shares the storage" in shared
+    assert "shares memory" in shared
     assert "p must be float32 (4, 4)" in p
-    assert "shares the storage" in itself
+    assert "shares memory" in itself
 
 
 # ---- when they are asked for

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
-from lit_symopt.linalg import Precision, inverse_root, polar
-from lit_symopt.linalg.polar import Method, method_for, polar_by
+from lit_symopt.linalg import Execution, Precision, inverse_root, polar
+from lit_symopt.linalg.polar import Method, method_for, polar_bf16, polar_by
+from lit_symopt.scratch import Arena
 from tests.matrices import (
     PROPERTY,
     condition,
@@ -242,6 +243,73 @@ def test_bfloat16_matrices_times_a_power_of_two_have_the_same_polar_factor(expon
         u = polar(x * 2.0**exponent, precision=precision)
         assert u.dtype == torch.bfloat16
         assert torch.equal(u, polar(x, precision=precision))
+
+
+@pytest.mark.parametrize("shape", [(5, 90, 70), (5, 70, 160), (5, 12, 12)])
+def test_bf16_scales_by_powers_of_two_and_each_matrix_alone(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=generator(0))
+    alike = polar(x, precision="bf16")
+    apart = x * torch.tensor([2.0**-100, 2.0**100, 1.0, 2.0**-30, 2.0**30]).view(-1, 1, 1)
+    assert torch.equal(polar(apart, precision="bf16"), alike)
+    assert torch.equal(polar(apart[:1], precision="bf16"), polar(x[:1], precision="bf16"))
+
+
+def test_bf16_of_a_batch_with_empty_experts_is_that_of_the_others() -> None:
+    x = torch.randn(6, 90, 70, generator=generator(0))
+    expected = polar(x, precision="bf16")
+    x[1::2] = 0
+    u = polar(x, precision="bf16")
+    assert u[1::2].eq(0).all()
+    assert torch.equal(u[::2], expected[::2])
+    x[0] *= 2.0**-100  # what vanishes when it is squared is not empty
+    assert torch.equal(polar(x, precision="bf16"), u)
+
+
+@pytest.mark.parametrize("factor", [3.4e38, 1e30, 1e-30, 1e-38, 2.0**-135])
+def test_bf16_takes_the_whole_range_of_float32(factor: float) -> None:
+    x = torch.randn(3, 90, 40, generator=generator(0))
+    x = x / x.abs().max() * factor  # with 2⁻¹³⁵ all are denormal and have 14 bits
+    assert float(x.abs().max()) > 0
+    u = polar(x, precision="bf16")
+    assert relative_error(u, polar_reference(x / factor)) <= 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bf16_has_one_result_for_what_bfloat16_can_hold_and_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 80, 70, generator=generator(0)).bfloat16()
+    x = x.clamp(-4, 4).masked_fill(x.abs() < 2**-10, 0)  # a number of float16 too
+    u = polar_bf16(x)
+    assert u.dtype == torch.bfloat16
+    assert polar(x.to(dtype), precision="bf16").dtype == dtype
+    assert torch.equal(polar(x.to(dtype), precision="bf16"), u.to(dtype))
+    out = torch.full_like(u, torch.nan)
+    assert polar_bf16(x.to(dtype), out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, u)
+
+
+def test_bf16_in_borrowed_memory_is_the_same_and_leaves_nothing_behind() -> None:
+    x, arena = torch.randn(4, 160, 70, generator=generator(0)), Arena()
+    expected, before = polar(x, precision="bf16"), x.clone()
+    for _ in range(3):
+        with arena.lend():
+            assert torch.equal(polar(x, precision="bf16", how=Execution(scratch=arena)), expected)
+    assert torch.equal(x, before)
+
+
+def test_bf16_takes_matrices_in_any_order_of_memory() -> None:
+    x = torch.randn(3, 160, 70, generator=generator(0))
+    expected = polar(x, precision="bf16")
+    assert torch.equal(polar(x.mT.contiguous().mT, precision="bf16"), expected)
+    assert relative_error(polar(x.mT, precision="bf16"), expected.mT) <= 0.02
+    assert torch.equal(polar(x.transpose(0, 1).contiguous().transpose(0, 1), precision="bf16"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 90, 70), (2, 70, 160), (5, 5)])
+def test_bf16_asks_no_device_but_a_cpu_for_a_number(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    # Tensors without numbers take the way of accelerators, and raise where one is asked for.
+    u = polar_by("bf16", torch.empty(shape, dtype=dtype, device="meta"))
+    assert (u.shape, u.dtype) == (shape, dtype)
 
 
 # ---- edges

@@ -20,7 +20,7 @@ from lit_symopt.rules import RULES, get_rule
 from lit_symopt.rules.rows import POLAR, RowShards
 
 METHODS: tuple[Method, ...] = get_args(Method)
-SHAPES = [(1, 7, 7), (3, 11, 5), (2, 4, 9), (1, 6, 1)]
+SHAPES = [(1, 7, 7), (3, 11, 5), (2, 4, 9), (1, 6, 1), (2, 200, 70), (1, 64, 130), (2, 90, 70)]
 
 
 def counted(run: Any, *arguments: Any, **options: Any) -> int:

@@ -41,6 +41,8 @@ def options(rule: str, **others: Any) -> tuple[Any, ...]:
         "eps": 1e-8,
         "row_damping": 0.0,
         "precision": "auto",
+        "backend": "auto",
+        "scratch": None,
     }
     return tuple({**given, **others}[key] for key in OPTIONS)
 

@@ -149,7 +149,7 @@ def scaled_add_product(
         f"p must be {names_of([x.dtype])} {(*x.shape[:-2], side, side)} on {x.device}, got {names_of([p.dtype])} "
         f"{tuple(p.shape)} on {p.device}",
     )
-    result = result_in(name, out, tuple(x.shape), like=x, dtype=x.dtype)
+    result = result_in(name, out, tuple(x.shape), like=x, dtype=x.dtype, read=[p])
     if not result.numel():
         return result
     batch, left, to = as_batch(x), as_batch(p), as_batch(result)

@@ -18,6 +18,7 @@ the product follow the matrix multiplication tutorial of Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -224,8 +225,16 @@ def as_batch(x: Tensor) -> Tensor:
     return x.detach().reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 
-def result_in(name: str, out: Tensor | None, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`out`, if it fits, or a new contiguous tensor."""
+def result_in(
+    name: str,
+    out: Tensor | None,
+    shape: tuple[int, ...],
+    *,
+    like: Tensor,
+    dtype: torch.dtype,
+    read: Sequence[Tensor] = (),
+) -> Tensor:
+    """`out`, if it fits and shares no memory with `like` and what else is `read`, or a new contiguous tensor."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=like.device)
     refuse_unless(
@@ -234,9 +243,25 @@ def result_in(name: str, out: Tensor | None, shape: tuple[int, ...], *, like: Te
         f"out must be contiguous {names_of([dtype])} {shape} on {like.device}, got {names_of([out.dtype])} "
         f"{tuple(out.shape)} on {out.device}",
     )
-    same = out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr()
-    refuse_unless(not (same and out.numel()), name, "out shares the storage of what is read; pass another tensor")
+    refuse_unless(
+        not any(_overlap(out, tensor) for tensor in (like, *read)),
+        name,
+        "out shares memory with what is read; pass another tensor",
+    )
     return out
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the addresses between first and last entry of two tensors have some in common."""
+    (first, end), (other_first, other_end) = _addresses(a), _addresses(b)
+    return first < other_end and other_first < end
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    if not tensor.numel():
+        return 0, 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size()
 
 
 def depth(dtype: torch.dtype) -> int:
