@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def range_of_opponent(opponent: Opponent, shapes: Sequence[tuple[int, int]], num
     return range_of(update, shapes, numbers)
 
 
-def range_of_ours(shapes: Sequence[tuple[int, int]], numbers: Numbers, *, stack: str, precision: str) -> Range | None:
+def range_of_ours(shapes: Sequence[tuple[int, int]], numbers: Numbers, *, stack: str, **options: Any) -> Range | None:
     """Of one of our stacks; `None` for one without a polar factor on hidden matrices.
 
     Raises:
@@ -118,7 +119,7 @@ def range_of_ours(shapes: Sequence[tuple[int, int]], numbers: Numbers, *, stack:
     def update(gradient: Tensor) -> Tensor:
         block = Block("weight", role=Role.LINEAR, shape=tuple(gradient.shape))
         one = ShapeList(name="one", blocks=(block,))
-        optimizer = symopt(one, replace(numbers, lr=1.0), stack=stack, precision=precision, roles=plain)
+        optimizer = symopt(one, replace(numbers, lr=1.0), stack=stack, roles=plain, **options)
         (weight,) = optimizer.param_groups[0]["params"]
         with torch.no_grad():
             weight.zero_()
@@ -129,8 +130,9 @@ def range_of_ours(shapes: Sequence[tuple[int, int]], numbers: Numbers, *, stack:
 
     found = range_of(update, shapes, numbers)
     if not found.within:
+        how = ", ".join(f"{name} {value!r}" for name, value in options.items() if value is not None)
         raise ConfigError(
-            f"symopt:{stack} with precision {precision!r} puts singular values above {SHARE} ‖M‖_F in {found}, not in "
+            f"symopt:{stack} with {how} puts singular values above {SHARE} ‖M‖_F in {found}, not in "
             f"[{LOW}, {HIGH}]: it does not do the work that it would be timed for; choose another precision"
         )
     return found

@@ -56,25 +56,32 @@ def steps(
     numbers: Numbers,
     *,
     stack: str,
-    precision: str,
     against: Sequence[str],
     checkouts: dict[str, Path],
+    **options: Any,
 ) -> Case:
     """Whole steps, ours first.
 
+    Args:
+        shapes, numbers: what everybody updates.
+        stack: ours.
+        against: opponents by name.
+        checkouts: paths of those that have one.
+        options: precision, backend and scratch of ours, as of `symopt`.
+
     Raises:
-        ConfigError: for an unknown stack, precision or opponent.
+        ConfigError: for an unknown stack, precision, backend or opponent.
     """
     known, absent = opponents(checkouts), {}
     for name in against:
         _refuse_unknown(name, known)
-    ours = as_contestant(symopt(shapes, numbers, stack=stack, precision=precision), name=PREFIX + stack)
+    ours = as_contestant(symopt(shapes, numbers, stack=stack, **options), name=PREFIX + stack)
     found = [ours]
     for name in against:
         if name == ours.name:
             continue
         if name.startswith(PREFIX):
-            other = symopt(shapes, numbers, stack=name.removeprefix(PREFIX), precision=precision)
+            other = symopt(shapes, numbers, stack=name.removeprefix(PREFIX), **options)
             found.append(as_contestant(other, name=name))
             continue
         if (missing := known[name].missing()) is not None:
@@ -87,14 +94,14 @@ def steps(
     return Case(contestants=found, shapes=shapes, absent=absent)
 
 
-def bare_products(shapes: ShapeList, numbers: Numbers, *, stack: str, precision: str) -> Case:
+def bare_products(shapes: ShapeList, numbers: Numbers, *, stack: str, **options: Any) -> Case:
     """The step on hidden matrices alone, and its products without the step.
 
     Raises:
         ConfigError: if the stack has no products there.
     """
     hidden = shapes.only(is_hidden, name=f"hidden matrices of {shapes.name}")
-    optimizer = symopt(hidden, numbers, stack=stack, precision=precision)
+    optimizer = symopt(hidden, numbers, stack=stack, **options)
     found = products_of(optimizer.step)
     if not found:
         raise ConfigError(f"--case products: the stack {stack} multiplies no matrices; use muon or symmetric")
@@ -148,16 +155,19 @@ def row_norm(numbers: Numbers, *, checkouts: dict[str, Path]) -> Case:
 
 
 def count_launches(
-    shapes: str, numbers: Numbers, *, stack: str, precision: str, layers: Sequence[int] = LAYERS
+    shapes: str, numbers: Numbers, *, stack: str, layers: Sequence[int] = LAYERS, **options: Any
 ) -> dict[int, int]:
     """Launches of a step by number of layers.
+
+    On a CPU products in bfloat16 are done in pieces that fit its cache, and their number grows with the bytes of all
+    matrices; with `scratch` in the options a piece is as large as that allows.
 
     Raises:
         ConfigError: for a list without layers.
     """
     found = {}
     for number in layers:
-        optimizer = symopt(shape_list(shapes, layers=number), numbers, stack=stack, precision=precision)
+        optimizer = symopt(shape_list(shapes, layers=number), numbers, stack=stack, **options)
         optimizer.step()
         found[number] = launches(optimizer.step, numbers.device)
     return found

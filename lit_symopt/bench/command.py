@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("auto", "bf16", "fp32", "exact")
+BACKENDS = ("auto", "eager", "compile", "triton", "gram-newton-schulz")
 CASES = ("step", "products", "row_norm", "launches")
 
 
@@ -71,6 +72,13 @@ def _options() -> ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="N", help="fewer layers of a model that is too large for here")
     parser.add_argument("--stack", default="symmetric", help="ours: symmetric (default), muon, polargrad, ...")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="of our polar factors (auto)")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="whose kernels compute our steps (auto)")
+    parser.add_argument(
+        "--scratch",
+        type=float,
+        metavar="MIB",
+        help="memory that our steps may borrow (256; a CPU's cache)",
+    )
     parser.add_argument(
         "--against",
         default="",

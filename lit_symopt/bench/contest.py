@@ -31,6 +31,7 @@ class Contestant:
         iterations: of the orthogonalization; `None` where there is none.
         least_bytes: that a step must at least read and write.
         products: dtype of its matrix products; `None` where there are none.
+        kept: bytes of scratch memory that it keeps from step to step.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Contestant:
     iterations: int | None = None
     least_bytes: float = 0.0
     products: torch.dtype | None = None
+    kept: Callable[[], int] = lambda: 0
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,13 @@ def commit() -> str:
     return "unknown" if found is None else f"{found['commit'][:12]}{'-dirty' if found['dirty'] else ''}"
 
 
+def _options(given: Namespace) -> dict[str, Any]:
+    """Of our optimizer."""
+    return {name: getattr(given, name) for name in ("stack", "precision", "backend", "scratch")}
+
+
 def _case(given: Namespace, numbers: Numbers, ranges: dict[str, Range]) -> cases.Case:
-    options: dict[str, Any] = {"stack": given.stack, "precision": given.precision}
+    options = _options(given)
     if given.case == "row_norm":
         return cases.row_norm(numbers, checkouts=given.checkout)
     shapes = shape_list(given.shapes, layers=given.layers)
@@ -115,7 +120,7 @@ def _case(given: Namespace, numbers: Numbers, ranges: dict[str, Range]) -> cases
         try:
             if contestant.name.startswith(PREFIX):
                 stack = contestant.name.removeprefix(PREFIX)
-                found = range_of_ours(sides, numbers, stack=stack, precision=given.precision)
+                found = range_of_ours(sides, numbers, **{**options, "stack": stack})
             else:
                 found = range_of_opponent(known[contestant.name], sides, numbers)
         except Exception as error:  # noqa: BLE001  an opponent may fail in any way, and the others go on
@@ -154,7 +159,7 @@ def _rows(
                 products=counted,
                 products_dtype=None if one.products is None else str(one.products).removeprefix("torch."),
                 bytes=one.least_bytes,
-                scratch=scratch,
+                scratch=None if scratch is None else scratch + one.kept(),
                 share=least_seconds(one, counted, ceilings) / times.median if known else None,
                 range=ranges.get(one.name),
                 iterations=one.iterations,
@@ -164,7 +169,7 @@ def _rows(
 
 
 def _launches(given: Namespace, numbers: Numbers) -> Result:
-    found = cases.count_launches(given.shapes, numbers, stack=given.stack, precision=given.precision)
+    found = cases.count_launches(given.shapes, numbers, **_options(given))
     few, many = found.values()
     what = "kernels launched" if numbers.device.type == "cuda" else "operators called"
     note = (
@@ -182,5 +187,5 @@ def _launches(given: Namespace, numbers: Numbers) -> Result:
 
 
 def _settings(given: Namespace) -> dict[str, Any]:
-    names = ("shapes", "layers", "stack", "precision", "dtype", "rounds", "steps", "seed")
+    names = ("shapes", "layers", "stack", "precision", "backend", "scratch", "dtype", "rounds", "steps", "seed")
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}

@@ -10,7 +10,8 @@ from lit_symopt.bench.contest import Contestant
 from lit_symopt.bench.shapes import ShapeList
 from lit_symopt.bench.tensors import Numbers, as_module
 from lit_symopt.config import RoleConfig, StackName, SymOptConfig
-from lit_symopt.linalg.polar import BF16_STEPS, Precision
+from lit_symopt.linalg import Backend, Precision
+from lit_symopt.linalg.polar import BF16_STEPS
 from lit_symopt.rules.rows import POLAR
 
 if TYPE_CHECKING:
@@ -26,17 +27,24 @@ def symopt(
     *,
     stack: str,
     precision: str = "auto",
+    backend: str = "auto",
+    scratch: float | None = None,
     roles: dict[str, RoleConfig] | None = None,
 ) -> SymOpt:
     """An optimizer over the shapes, with gradients in place.
 
     Raises:
-        ConfigError: for an unknown stack or precision.
+        ConfigError: for an unknown stack, precision or backend, and for a backend that cannot run here.
     """
     from lit_symopt.optim import SymOpt, groups_for
 
     config = SymOptConfig(
-        stack=cast(StackName, stack), lr=numbers.lr, precision=cast(Precision, precision), roles=roles or {}
+        stack=cast(StackName, stack),
+        lr=numbers.lr,
+        precision=cast(Precision, precision),
+        backend=cast(Backend, backend),
+        scratch=scratch,
+        roles=roles or {},
     )
     return SymOpt(groups_for(shapes.blocks, as_module(shapes, numbers), config))
 
@@ -46,6 +54,7 @@ def as_contestant(optimizer: SymOpt, *, name: str, about: str = "") -> Contestan
     from lit_symopt.profiling.expected import expected_work
 
     work = expected_work(optimizer)
+    device = optimizer.param_groups[0]["params"][0].device
     return Contestant(
         name=name,
         step=optimizer.step,
@@ -53,6 +62,7 @@ def as_contestant(optimizer: SymOpt, *, name: str, about: str = "") -> Contestan
         iterations=iterations_of(work),
         least_bytes=sum(one.bytes for one in work),
         products=products_of(work),
+        kept=lambda: optimizer.kept_scratch(device),
     )
 
 

@@ -37,7 +37,7 @@ def memory_use(
         optimizer: any; state is told apart by the `role` of its groups, and is all in role `all` without one.
         module: that the optimizer updates.
         rank: of this process.
-        scratch: as of `scratch_bytes`.
+        scratch: as of `scratch_bytes`; what a `SymOpt` keeps to be borrowed by its steps is added.
 
     Example:
         >>> linear = nn.Linear(4, 3, bias=False)
@@ -60,6 +60,8 @@ def memory_use(
         role = roles[id(tensor)][1] if id(tensor) in roles else ALL
         state[role] = state.get(role, 0) + count(states.get(id(tensor), {}).values())
     device = next((tensor.device for tensor in [*parameters, *tensors]), torch.device("cpu"))
+    if scratch is not None and hasattr(optimizer, "kept_scratch"):
+        scratch += optimizer.kept_scratch(device)
     return MemoryUse(
         rank=rank,
         parameters=held,

@@ -43,7 +43,7 @@ class DistributedStep:
         self._exchanges: dict[Hashable, Exchange] = {}
         self._order = {holding.key: index for index, holding in enumerate(distribution.holdings)}
         self._groups = self._by_key(groups)
-        self._scratch = Arena()
+        self.scratch = Arena()
 
     def _by_key(self, groups: Sequence[Group]) -> dict[str, Group]:
         group_of = {name: group for group in groups for name in group["param_names"]}
@@ -160,7 +160,7 @@ class DistributedStep:
         if key not in self._exchanges:
             plan = self._plans().get(key) or self._plan(planned)  # another one where some have no gradient
             segments = {segment.name: segment for holding, _ in planned for segment in holding.segments}
-            self._exchanges[key] = Exchange(plan, self.transport, segments, scratch=self._scratch)
+            self._exchanges[key] = Exchange(plan, self.transport, segments, scratch=self.scratch)
         return self._exchanges[key]
 
     def _plans(self) -> dict[Hashable, Plan]:

@@ -87,7 +87,17 @@ def test_callbacks_are_imported_under_one_name_only(environment: Environment, tr
 
 
 @pytest.mark.parametrize(
-    "statement", ["import lit_symopt", "from lit_symopt import SymOpt", "import lit_symopt.models"]
+    "statement",
+    [
+        "import lit_symopt",
+        "from lit_symopt import SymOpt",
+        "import lit_symopt.models",
+        "import lit_symopt.backends",
+        "import contextlib, os, lit_symopt.cli\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(open(os.devnull, 'w')):\n"
+        "    lit_symopt.cli.main(['--help'])",
+    ],
+    ids=["lit_symopt", "SymOpt", "models", "backends", "--help"],
 )
 def test_import_is_light(environment: Environment, tree: Path, tmp_path: Path, statement: str) -> None:
     heavy = {"transformers", "deepspeed", "triton", "tensorboard", "lightning", "datasets", "matplotlib"}

@@ -182,7 +182,8 @@ def equal_matrices(rule: str, *, number: int = 3) -> SymOpt:
     optimizer = SymOpt(named, rule=rule)
     for _, parameter in named:
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
+    for _ in range(2):  # by then it keeps the memory that its steps borrow
+        optimizer.step()
     return optimizer
 
 
@@ -206,8 +207,8 @@ def test_the_scratch_of_a_step_is_what_its_operators_make(rule: str, tmp_path: P
     scratch = scratch_bytes(recorded(optimizer, tmp_path))
     assert scratch is not None
     assert live.most <= scratch <= 1.01 * live.most + 1000  # and what an operator takes inside
-    if rule != "adamw":
-        assert scratch >= 2 * 3 * 200 * 80 * 4  # the batch of three matrices, and their updates
+    if rule != "adamw":  # the batch of three matrices, and their updates
+        assert scratch + optimizer.kept_scratch(torch.device("cpu")) >= 2 * 3 * 200 * 80 * 4
 
 
 def test_a_trace_without_allocations_or_steps_says_nothing_of_scratch(tmp_path: Path) -> None:
