@@ -132,6 +132,8 @@ class SymOptConfig:
             `eager` does it (`SymOpt.explain` says which), but a backend that cannot run on the device is an error.
         scratch: MiB that a step may borrow for intermediates on each device; larger batches are cut. Default: 256, or
             one matrix where that is more.
+        capturable: make steps that a CUDA graph can capture, see `lit_symopt.capture`: rates become tensors on the
+            device, and an error for a non-finite gradient that a replayed step met waits for `SymOpt.check`.
 
     Raises:
         ConfigError: for an unknown stack, role, rule, scale or backend, naming the known ones.
@@ -145,6 +147,7 @@ class SymOptConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     backend: Backend = "auto"
     scratch: float | None = None
+    capturable: bool = False
 
     def __post_init__(self) -> None:
         from lit_symopt.stacks import get_stack

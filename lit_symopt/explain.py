@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_symopt.backends import chosen, takes
+from lit_symopt.backends import chosen
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Shape
 from lit_symopt.rules import get_rule, scale_factor
 from lit_symopt.rules.scale import NUCLEAR
+from lit_symopt.update import part_by_backend
 
 if TYPE_CHECKING:
     from lit_symopt.optim import SymOpt
@@ -96,15 +97,18 @@ def _backend(group: dict[str, Any], shape: Shape) -> str:
         return backend
     tensor = group["params"][0]
     half = tensor.dtype in (torch.bfloat16, torch.float16)
-    part = takes(
-        backend,
+    part = part_by_backend(
         group,
+        layout_of(group, shape),
+        shape,
         dtype=torch.float32 if half else tensor.dtype,
         device_type=tensor.device.type,
-        longest_row=max(part.n for part in layout_of(group, shape).parts(shape)),
     )
     if part is None:
-        return f"eager: {backend} has nothing to do for this rule in precision {group['precision']} on this device"
+        return (
+            f"eager: {backend} has nothing to do for this rule in precision {group['precision']}, in this layout and "
+            "on this device"
+        )
     return f"{backend}, for " + {"polar": "the polar factor", "row_step": "the whole step"}[part]
 
 

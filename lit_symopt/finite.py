@@ -2,7 +2,8 @@
 
 On CPU a bad gradient raises at once, before anything has changed. On an accelerator, asking would stop the host until
 the device has caught up, so a flag on the device masks every write of the step, and the error is raised at the next
-step or check that finds the flag already copied to the host.
+step or check that finds the flag already copied to the host. In a step that a CUDA graph replays there is no host to
+raise it: there the flags stay on the device, set, until a step that is not replayed, or a check, has looked at them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lit_symopt.capture import capturing
 from lit_symopt.errors import GradientError
 from lit_symopt.ranges import FINITE, phase
 
@@ -30,9 +32,15 @@ class FiniteCheck:
     def __init__(self, *, defer: bool | None = None) -> None:
         self.defer = defer
         self._pending: list[tuple[list[str], Tensor, torch.Event | None]] = []
+        self._kept: dict[tuple[str, ...], Tensor] = {}  # by the names: which gradients were bad, on the device
 
     def admit(
-        self, names: Sequence[str], gradients: Sequence[Tensor], *, agree: Callable[[Tensor], Tensor] | None = None
+        self,
+        names: Sequence[str],
+        gradients: Sequence[Tensor],
+        *,
+        agree: Callable[[Tensor], Tensor] | None = None,
+        keep: bool = False,
     ) -> Tensor | None:
         """A boolean scalar on the device, true if the step may be taken; `None` if that is already certain.
 
@@ -40,11 +48,14 @@ class FiniteCheck:
             names: of the blocks.
             gradients: one for each name, or this process's part of it.
             agree: makes flags that are set (1) on any process set on all; default: there is one process.
+            keep: leave flags on the device that add up over steps, as those need that a graph replays.
 
         Raises:
             GradientError: naming the blocks whose gradients are not finite, of this step or of an earlier one.
         """
-        self.raise_pending(wait=False)
+        captured = capturing()
+        if not captured:
+            self.raise_pending(wait=False)
         if not gradients:
             return None
         finite = _are_finite(gradients)
@@ -54,8 +65,18 @@ class FiniteCheck:
         if not defer:
             _raise_for(names, finite)
             return None
-        self._pending.append((list(names), *_copy_to_host(finite)))
+        since = self._keep(names, finite) if keep else finite
+        if not captured:
+            self._pending.append((list(names), *_copy_to_host(since)))
         return finite.all()
+
+    def _keep(self, names: Sequence[str], finite: Tensor) -> Tensor:
+        """Which gradients have been finite in all steps since flags were last looked at."""
+        bad = finite.logical_not()
+        key = tuple(names)
+        if key not in self._kept:
+            self._kept[key] = torch.zeros_like(bad)
+        return self._kept[key].logical_or_(bad).logical_not()
 
     def raise_pending(self, *, wait: bool = True) -> None:
         """Raise the error of an earlier step, if there was one.
@@ -71,7 +92,24 @@ class FiniteCheck:
                 elif not event.query():
                     return
             self._pending.pop(0)
+            self._raise_for(names, finite)
+        if wait:
+            for kept, bad in self._kept.items():
+                self._raise_for(kept, bad.logical_not())
+
+    def forget(self) -> None:
+        """Whatever earlier steps met is settled; flags that a graph sets stay where they are."""
+        self._pending.clear()
+        for bad in self._kept.values():
+            bad.zero_()
+
+    def _raise_for(self, names: Sequence[str], finite: Tensor) -> None:
+        try:
             _raise_for(names, finite)
+        except GradientError:
+            if self._kept:  # what was copied later says it once more
+                self.forget()
+            raise
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 
 from lit_symopt.backends import check_scratch, require_backend
 from lit_symopt.blocks import shape_of
+from lit_symopt.capture import require_capturable
 from lit_symopt.errors import ConfigError
 from lit_symopt.layout import Layout
 from lit_symopt.rules import get_rule, validate_scale
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "master_weights": True,
     "backend": "auto",
     "scratch": None,
+    "capturable": False,
 }
 
 # What a checkpoint must share with the optimizer that loads it: these decide what the saved state means. The other
@@ -78,12 +80,18 @@ def validate_group(group: Mapping[str, Any]) -> None:
     check_scratch(group["scratch"], f"{where}: ")
     for device in dict.fromkeys([torch.device("meta"), *(parameter.device for parameter in group["params"])]):
         require_backend(group["backend"], device, f"{where}: ")
+    layouts = {}
     for parameter in group["params"]:
         if parameter.is_complex():
             raise ConfigError(
                 f"{where}: complex parameters have no update here; view them as real (torch.view_as_real)"
             )
-        layout_of(group, shape_of(parameter)).parts(shape_of(parameter))
+        layouts[parameter] = layout_of(group, shape_of(parameter))
+        layouts[parameter].parts(shape_of(parameter))
+    if not isinstance(group["capturable"], bool):
+        raise ConfigError(f"{where}: capturable={group['capturable']!r} must be True or False")
+    if group["capturable"]:
+        require_capturable(group, layouts)
 
 
 def layout_of(group: Mapping[str, Any], shape: Sequence[int]) -> Layout:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from lit_symopt.blocks import Block, BlockTaxonomy, shape_of
+from lit_symopt.capture import RATES, capturing, rates_to_device, rates_to_numbers, refuse_to_capture
 from lit_symopt.config import SymOptConfig
 from lit_symopt.errors import CheckpointError, ConfigError, GradientError
 from lit_symopt.explain import explain
@@ -20,9 +21,9 @@ from lit_symopt.finite import FiniteCheck, Refusal
 from lit_symopt.groups import DEFAULTS, MEANING, validate_group
 from lit_symopt.ranges import EVERYTHING, FINITE, Subject, phase
 from lit_symopt.ranges import step as range_of_step
-from lit_symopt.scratch import Arena
+from lit_symopt.scratch import FRESH, Arena
 from lit_symopt.stacks import settings_for
-from lit_symopt.update import BATCHED_BY, Member, local_part, make_state, subject_of, update
+from lit_symopt.update import BATCHED_BY, Member, local_part, make_state, require_scratch, subject_of, update
 
 if TYPE_CHECKING:
     from lit_symopt.sharding.holdings import Distribution
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from lit_symopt.sharding.step import DistributedStep
 
 _HALF = (torch.bfloat16, torch.float16)
+_OF_THIS_MACHINE = ("layout", "backend", "scratch", "capturable")
+"""Options that a checkpoint does not bring: how steps are computed, and the layout, which it must share."""
 
 
 class SymOpt(torch.optim.Optimizer):
@@ -49,7 +52,8 @@ class SymOpt(torch.optim.Optimizer):
         options: defaults for the other keys of a group:
             `rule` (see `lit_symopt.rules.RULES`; there is no default), `centered`, `layout` (a `Layout`), `momentum`,
             `momentum_kind` (`ema`, `nesterov`), `scale`, `alpha`, `eps`, `row_damping`, `precision`, `radius`,
-            `betas`, `weight_decay`, `master_weights`, and `name` and `role`, which loggers show.
+            `betas`, `weight_decay`, `master_weights`, `backend`, `scratch` and `capturable` (see `SymOptConfig`), and
+            `name` and `role`, which loggers show.
 
     Raises:
         ConfigError: for an unknown key, rule or scale, or a value out of range, naming the group.
@@ -80,6 +84,7 @@ class SymOpt(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch adds, and which is no option of a group here
         self._start()
 
     @classmethod
@@ -122,6 +127,8 @@ class SymOpt(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if group["capturable"]:
+            rates_to_device(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -145,9 +152,13 @@ class SymOpt(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
+        captured = capturing()
         with phase(EVERYTHING, "prepare"):
             key = self._made_of() if self._distributed is None else []
             prepared = self._prepared if self._prepared is not None and self._prepared.still(key, self.state) else None
+            if captured:
+                for group in self.param_groups:
+                    refuse_to_capture(group, ready=prepared is not None)
             found = self._with_gradients() if prepared is None else prepared.with_gradients()
         if not found and any(parameter.numel() for group in self.param_groups for parameter in group["params"]):
             warnings.warn(
@@ -159,25 +170,33 @@ class SymOpt(torch.optim.Optimizer):
             self._distributed_step(self._distributed, found)
             return
         with phase(FINITE, "check"):
-            admitted = self._finite.admit([name for name, _, _ in found], [_gradient(p) for _, p, _ in found])
+            names, gradients = [name for name, _, _ in found], [_gradient(p) for _, p, _ in found]
+            admitted = self._finite.admit(names, gradients, keep=self._capturable)
         with phase(EVERYTHING, "prepare"):
-            prepared = prepared or self._prepare(key, found)
+            prepared = prepared or self._prepare(found)
             for member in prepared.members:
                 member.gradient = _gradient(member.parameter)
             for member in prepared.half:
                 member.weight = self._weight(member.parameter, member.group)
         refusal = Refusal(admitted)
-        for bucket in prepared.buckets:
-            with phase(subject_of, "prepare", bucket):
-                update(bucket, scratch=self._arena, refused=refusal.on(bucket[0].weight.device))
-        with phase(EVERYTHING, "prepare"):
-            self._remember_versions(prepared.half)
+        # What a graph has captured must be there whenever it is replayed: memory of its own pool.
+        scratch = FRESH if captured else self._arena
+        try:
+            for bucket in prepared.buckets:
+                with phase(subject_of, "prepare", bucket):
+                    update(bucket, scratch=scratch, refused=refusal.on(bucket[0].weight.device))
+            with phase(EVERYTHING, "prepare"):
+                self._remember_versions(prepared.half)
+        finally:
+            prepared.release()
 
     def _made_of(self) -> list[Any]:
         """Everything that decides who is updated together with whom, to be compared with what it was."""
         return [
             (
+                id(group),
                 [group[option] for option in BATCHED_BY],
+                [group["capturable"], *(id(group[key]) for key in RATES if isinstance(group[key], Tensor))],
                 [id(parameter) for parameter in group["params"]],
                 [
                     parameter.grad is not None
@@ -188,19 +207,29 @@ class SymOpt(torch.optim.Optimizer):
             for group in self.param_groups
         ]
 
-    def _prepare(self, key: list[Any], found: list[tuple[str, Tensor, dict[str, Any]]]) -> _Prepared:
+    def _prepare(self, found: list[tuple[str, Tensor, dict[str, Any]]]) -> _Prepared:
         """Members and buckets of a step, kept until what they were made of changes."""
+        for group in self.param_groups:
+            if group["capturable"]:
+                rates_to_device(group)
         members = []
         for name, parameter, group in found:
             weight = self._weight(parameter, group)
             member = Member(name, _gradient(parameter), weight, parameter, group, self.state[parameter])
             make_state(member)
             members.append(member)
-        self._prepared = _Prepared(key, members)
+        self._prepared = _Prepared(self._made_of(), members)
         return self._prepared
 
+    @property
+    def _capturable(self) -> bool:
+        return any(group["capturable"] for group in self.param_groups)
+
     def check(self) -> None:
-        """Wait for the device and raise the error of a step that met a non-finite gradient, if one did."""
+        """Wait for the device and raise the error of a step that met a non-finite gradient, if one did.
+
+        Steps that a CUDA graph replays are steps too.
+        """
         self._finite.raise_pending()
 
     def attach(self, to: object = None) -> SymOpt:
@@ -215,12 +244,18 @@ class SymOpt(torch.optim.Optimizer):
             The optimizer.
 
         Raises:
-            ConfigError: for a strategy that is not supported, by name, or if the ranks have different groups.
+            ConfigError: for a strategy that is not supported, by name, if the ranks have different groups, or if any is
+                capturable: what processes exchange is not captured.
         """
         from lit_symopt.sharding.attach import distribution_for
         from lit_symopt.sharding.step import DistributedStep
 
         distribution = distribution_for(self, to)
+        if distribution is not None and self._capturable:
+            raise ConfigError(
+                f"capturable=True: steps under {distribution.strategy} exchange updates between processes, which is "
+                "not captured in CUDA graphs; set capturable=False"
+            )
         self._distributed = None if distribution is None else DistributedStep(distribution, self.param_groups)
         return self
 
@@ -242,6 +277,11 @@ class SymOpt(torch.optim.Optimizer):
     def distribution(self) -> Distribution | None:
         """Who holds what, once the optimizer is attached to a strategy."""
         return None if self._distributed is None else self._distributed.distribution
+
+    def kept_scratch(self, device: torch.device) -> int:
+        """Bytes on a device that steps borrow and that are kept for the next one; at most the option `scratch`."""
+        distributed = 0 if self._distributed is None else self._distributed.scratch.bytes(device)
+        return self._arena.bytes(device) + distributed
 
     def explain(self, name: str) -> str:
         """What the parameter of that name gets, and why.
@@ -365,6 +405,8 @@ class SymOpt(torch.optim.Optimizer):
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group["layout"] = str(group["layout"])
+            if group["capturable"]:
+                rates_to_numbers(group)
         if self._distributed is not None and (described := self._distributed.described()):
             saved["sharding"] = described
         return saved
@@ -372,17 +414,23 @@ class SymOpt(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; rates and decay come along, state keeps the dtype it was saved with.
 
+        A capturable optimizer takes them in into the tensors that it has, which CUDA graphs may know.
+
         Raises:
             CheckpointError: if the groups hold other parameters, rules or layouts; nothing is loaded then.
         """
         self._compare(state_dict)
         groups = [
-            # How steps are computed belongs to this machine; and torch's DCP makes lists of tuples.
-            {**saved, **{key: own[key] for key in ("layout", "backend", "scratch")}, "betas": tuple(saved["betas"])}
+            # torch's DCP makes lists of tuples.
+            {**saved, **{key: own[key] for key in _OF_THIS_MACHINE}, "betas": tuple(saved["betas"])}
             for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
         ]
-        distributed = self._distributed
+        distributed, finite = self._distributed, self._finite
+        kept = [_Kept(group, self.state) for group in self.param_groups]
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        if self._capturable:
+            finite.forget()
+            self._finite = finite
         if distributed is not None:
             self._distributed = distributed.over(self.param_groups)
         # torch casts state to its parameter's dtype; fp32 momentum of a bf16 parameter must stay fp32.
@@ -392,6 +440,8 @@ class SymOpt(torch.optim.Optimizer):
             for what, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor) and self.state[parameter][what].dtype != value.dtype:
                     self.state[parameter][what] = value.to(parameter.device, copy=True)
+        for own, group in zip(kept, self.param_groups, strict=True):
+            own.take_in(group, self.state)
         self._versions.clear()
         self._prepared = None
 
@@ -433,6 +483,29 @@ class SymOpt(torch.optim.Optimizer):
         return wrong
 
 
+class _Kept:
+    """The rates and the state of a capturable group as they were: tensors that a graph may know."""
+
+    def __init__(self, group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        self.rates: dict[str, Any] = {}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        if group["capturable"]:
+            self.rates = {key: group[key] for key in RATES if isinstance(group[key], Tensor)}
+            self.state = {parameter: dict(state[parameter]) for parameter in group["params"] if parameter in state}
+
+    @torch.no_grad()
+    def take_in(self, group: dict[str, Any], state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """Put them back in the place of what was loaded, with its values."""
+        for key, rate in self.rates.items():
+            group[key] = rate.fill_(group[key])
+        for parameter, entries in self.state.items():
+            loaded = state[parameter]
+            for key, tensor in entries.items():
+                # What is not there is what it is before the first step.
+                value = loaded.get(key, parameter if key == "master" else None)
+                loaded[key] = tensor.zero_() if value is None else tensor.copy_(value)
+
+
 class _Prepared:
     """The members of a step in buckets, with what they were made of.
 
@@ -448,10 +521,23 @@ class _Prepared:
             buckets.setdefault(member.bucket(), []).append(member)
         self.buckets = list(buckets.values())
         self.half = [member for member in members if member.weight is not member.parameter]
+        self._kept = [len(member.state) for member in members]
+        for bucket in self.buckets:
+            require_scratch(bucket)
 
     def still(self, made_of: list[Any], state: Mapping[Tensor, Any]) -> bool:
         """Whether it holds for a step that is made of this, with the state where it was."""
-        return made_of == self.made_of and all(state.get(member.parameter) is member.state for member in self.members)
+        return made_of == self.made_of and all(
+            state.get(member.parameter) is member.state and len(member.state) == kept  # which may have been emptied
+            for member, kept in zip(self.members, self._kept, strict=True)
+        )
+
+    def release(self) -> None:
+        """Keep nothing alive between steps that the model and the state do not: no gradients, no copies of weights."""
+        for member in self.members:
+            member.gradient = member.parameter
+        for member in self.half:
+            member.weight = member.parameter
 
     def with_gradients(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """Name, tensor and group of the members."""

@@ -14,9 +14,11 @@ one finds in the cache; nothing but some blocks and one number a row is borrowed
 | centered | G M; M; M, W: 5 | 2 |
 | centered and damped | G M; M; M; M, W: 6 | 2 |
 
-Nesterov's reads G once more where it reads M alone. Rows of any size are right: where the squares of a row could over-
-or underflow, the row is first multiplied by a power of two. On a CPU the norms are looked at to see whether there is
-such a row; elsewhere, where a look would stop the host, and under a flag all rows are treated as if there were.
+Nesterov's reads G once more where it reads M alone. Rows of any size are right: where the squares of a row over- or
+underflow, the row is first multiplied by a power of two. On a CPU the norms are looked at: where a few rows of a block
+are such (embeddings have them, of tokens not seen for long), they are picked out; under damping they need nothing, if
+δ·rms is not as small. Elsewhere, where a look would stop the host, and under a flag all rows are treated as if they
+were such.
 
 Sums over rows are taken in groups of `GROUP` rows and these in order, so that no result depends on the size of the
 blocks or the number of threads (but torch lets all threads add up the squares of a row that is a block by itself, from
@@ -30,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import torch
@@ -53,10 +55,20 @@ ELSEWHERE = 32 * MIB
 """On an accelerator; bounds what is borrowed."""
 
 SMALLEST = 1 << 18
-"""Numbers in a parameter, at least, if there are several alike: smaller ones are faster as one batch."""
+"""Numbers in a parameter, at least, if there are several alike, and, if they are centered, in a matrix: smaller ones
+are faster as one batch."""
 
-SAFE = {torch.float32: (1e-15, 1e15), torch.float64: (1e-140, 1e140)}
-"""Row norms whose squares, and those of their largest entries, are far from over- and underflow."""
+SMALL = {torch.float32: 1e-16, torch.float64: 1e-140}
+"""Row norms above it have all digits: the squares of entries that underflow, each wrong by at most 2⁻¹⁵⁰ (float64:
+2⁻¹⁰⁷⁵), come to 10⁻¹³ n of the square of the norm. A norm that is too large is infinite."""
+UNIT = {torch.float32: 2.0**100, torch.float64: 2.0**600}
+"""What smaller rows are multiplied by, and infinite ones divided: then no square of either over- or underflows."""
+
+LONG = 400
+"""Numbers in a row from which on torch leaves products with it, of matrices on a CPU, to MKL."""
+
+FEW = 8
+"""One row in so many, at the most, is picked out of a block; where there are more, all its rows are treated alike."""
 
 SCALES = ("none", "rms", "row_rms")
 ROOT = {"rms": ADAMW_RMS, "row_rms": 1.0}
@@ -72,7 +84,7 @@ def takes(options: Mapping[str, Any], layout: Layout, *written: Tensor, count: i
         count: parameters in the bucket.
     """
     weight = written[0]
-    if options["rule"] != "row_norm" or options["scale"] not in SCALES or weight.dtype not in SAFE:
+    if options["rule"] != "row_norm" or options["scale"] not in SCALES or weight.dtype not in SMALL:
         return False
     if weight.dtype == torch.float32 and options["precision"] in ("exact", "fp32"):
         return False  # which promise float64 within
@@ -80,6 +92,12 @@ def takes(options: Mapping[str, Any], layout: Layout, *written: Tensor, count: i
         return False
     if (count > 1 and weight.numel() < SMALLEST) or not all(one.is_contiguous() for one in written):
         return False
+    if any(one.dtype in SMALL and one.dtype != weight.dtype for one in written):
+        return False  # momentum of a model that was moved to another dtype
+    if options["centered"] and any(
+        part.count > 1 and part.m * part.n < SMALLEST for part in layout.parts(weight.shape)
+    ):
+        return False  # matrices are centered one by one
     like = torch.empty(weight.shape, device="meta")
     parts = layout.to_matrices(like)
     return all(part is like or (part._base is like and part.is_contiguous()) for part in parts)
@@ -110,7 +128,7 @@ def row_step(
     momentum: Tensor | None = None,
     *,
     lr: float | Tensor,
-    weight_decay: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
     beta: float = 0.0,
     nesterov: bool = False,
     scale: float = 1.0,
@@ -129,7 +147,7 @@ def row_step(
         gradient: of the shape of `weight`; any floating dtype; one that is not contiguous is copied as a whole.
         momentum: as `weight`, or `None` for none: then V = G.
         lr: learning rate; a tensor of one number, on the device or the host, is not waited for.
-        weight_decay: decoupled.
+        weight_decay: decoupled; likewise.
         beta: of the momentum.
         nesterov: which momentum, see the module.
         scale: an analytic one, see `analytic`, times the radius.
@@ -143,6 +161,8 @@ def row_step(
     m, n = weight.shape[-2:]
     if isinstance(lr, Tensor):
         lr = lr.double()
+    if isinstance(weight_decay, Tensor):
+        weight_decay = weight_decay.double()
     shape = (weight.numel() // n, n)
     flat = [
         weight.view(shape),
@@ -217,31 +237,42 @@ class _Step:
         norms = self._column()
         for block in self._blocks():
             v = self._direction(block, update=True)
-            factor = norms[block]
-            x, unit = self._measure(v, factor)
-            if unit is not None:  # or there is no row of zeros
-                factor.clamp_(min=self._tiny)
-            self._write(block, x, factor.reciprocal_())
+            factor = torch.linalg.vector_norm(v, dim=-1, keepdim=True, out=norms[block])
+            extreme = self._extreme(factor) if self.looks else None
+            if not self.looks or (extreme is not None and len(extreme) * FEW > len(v)):
+                x, _ = self._scaled_and_measured(v, factor)
+                self._write(block, x, factor.clamp_(min=self._tiny).reciprocal_())
+            elif extreme is not None:
+                self._write_both(block, v, factor, extreme)
+            else:
+                self._write(block, v, factor.reciprocal_())
 
     def damped(self) -> None:
         """All norms, then all weights."""
         norms, factors, blocks = self._column(), self._column(), self._blocks()
-        sizes, units = self._column(torch.float64), dict[int, "Tensor | None"]()
+        sizes, units = self._column(torch.float64), dict[int, Tensor]()
         for block in blocks:
             v = self._direction(block, update=True)
-            _, unit = self._measure(v, norms[block])
-            units[block.start] = unit
-            sizes[block] = norms[block] if unit is None else norms[block].double() / unit
-        self._damp(sizes, sizes)
-        for block in blocks:
-            unit = units[block.start]
-            if unit is not None:
-                sizes[block] *= unit
-        factors.copy_(sizes.clamp_(min=self._tiny).reciprocal_())
+            torch.linalg.vector_norm(v, dim=-1, keepdim=True, out=norms[block])
+            if not self.looks:
+                _, units[block.start] = self._scaled_and_measured(v, norms[block])
+        if not (self.looks and self._is_certain(self._damp(sizes.copy_(norms), sizes))):
+            for block in blocks:
+                if self.looks:
+                    v = self._direction(block, update=False)
+                    _, units[block.start] = self._scaled_and_measured(v, norms[block])
+                sizes[block] = norms[block].double() / units[block.start]
+            self._damp(sizes, sizes)
+            for block in blocks:
+                sizes[block] *= units[block.start]
+            sizes.clamp_(min=self._tiny)
+        factors.copy_(sizes.reciprocal_())
+        if not units and self._write_by_products(factors):
+            return
         # From the end: what was written last is still in the cache.
         for block in reversed(blocks):
             v = self._direction(block, update=False)
-            self._write(block, self._scaled(v, units[block.start]), factors[block])
+            self._write(block, self._scaled(v, units.get(block.start)), factors[block])
 
     def centered(self) -> None:
         """The mean of V, then the norms of ΠV, then the mean of D ΠV, then all weights."""
@@ -300,19 +331,29 @@ class _Step:
             return buffer
         return torch.add(g, buffer, alpha=self.beta, out=self._buffer("v", len(g)))
 
+    @property
+    def looks(self) -> bool:
+        """Whether norms may be looked at."""
+        return self.admitted is None and self.weight.device.type == "cpu"
+
     def _measure(self, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
         """`v` and its row norms; times a power of two a row, returned too, where squares need it."""
         torch.linalg.vector_norm(v, dim=-1, keepdim=True, out=norms)
-        low, high = SAFE[v.dtype]
-        if v.device.type == "cpu" and self.admitted is None:
-            least, most = torch.aminmax(norms)
-            if float(least) > low and float(most) < high:
-                return v, None
-        peak = torch.maximum(v.amax(dim=-1, keepdim=True), -v.amin(dim=-1, keepdim=True))
-        # Within the range where both the unit and its inverse are normal numbers.
-        largest = 0.25 / torch.finfo(v.dtype).tiny
-        unit = (torch.frexp(peak).mantissa / peak).clamp_(1 / largest, largest)
-        unit = torch.where((peak == 0) | ((norms > low) & (norms < high)), 1, unit)
+        if self.looks and self._extreme(norms) is None:
+            return v, None
+        return self._scaled_and_measured(v, norms)
+
+    def _extreme(self, norms: Tensor) -> Tensor | None:
+        """Which rows need a power of two."""
+        least, most = torch.aminmax(norms)
+        if float(least) > SMALL[norms.dtype] and float(most) < inf:
+            return None
+        return ((norms <= SMALL[norms.dtype]) | (norms == inf)).view(-1).nonzero().view(-1)
+
+    def _scaled_and_measured(self, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """`v` times a power of two for each row, which is returned too; its `norms` are replaced by those of that."""
+        unit = torch.where(norms > SMALL[v.dtype], torch.ones_like(norms), UNIT[v.dtype])
+        unit.masked_fill_(norms == inf, 1 / UNIT[v.dtype])
         x = self._scaled(v, unit)
         torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=norms)
         return x, unit
@@ -322,8 +363,41 @@ class _Step:
 
     def _write(self, block: slice, x: Tensor, factor: Tensor, *, back: Tensor | None = None) -> None:
         """`W ← keep·W − rate·factor·x`, and `+ back`."""
-        target = w = self.weight[block]
-        out = self._out(target)
+        target = self.weight[block]
+        out = self._moved(target, x, factor, back=back, out=self._out(target))
+        self._admit(target, out)
+        if self.parameter is not None:
+            self._admit(self.parameter[block], out)
+
+    def _write_by_products(self, factors: Tensor) -> bool:
+        """`W ← keep·W − rate·factor·M` in one pass, as a product 1 x 1 by 1 x n for each row, where MKL computes it.
+
+        Both operands come from main memory, so blocks would bring nothing; a fifth faster than two operations a block.
+        """
+        rate, keep, v = self.rate, self.keep, self.momentum
+        if v is None or self.nesterov or isinstance(rate, Tensor) or isinstance(keep, Tensor):
+            return False
+        if self.weight.shape[-1] < LONG or not torch.backends.mkl.is_available():
+            return False
+        w, v, f = (one.unsqueeze(1) for one in (self.weight, v, factors))
+        w.baddbmm_(f, v, beta=keep, alpha=-rate)
+        if self.parameter is not None:
+            self.parameter.copy_(self.weight)
+        return True
+
+    def _write_both(self, block: slice, v: Tensor, norms: Tensor, extreme: Tensor) -> None:
+        """The same where some rows are `extreme`, bit for bit what it is if all are treated as such."""
+        weight = self.weight[block]
+        w, x, picked = (torch.index_select(one, 0, extreme) for one in (weight, v, norms))
+        self._write(block, v, norms.index_fill_(0, extreme, inf).reciprocal_())
+        x, _ = self._scaled_and_measured(x, picked)
+        self._moved(w, x, picked.clamp_(min=self._tiny).reciprocal_(), out=w)
+        weight.index_copy_(0, extreme, w)
+        if self.parameter is not None:
+            self.parameter[block].index_copy_(0, extreme, w.to(self.parameter.dtype))
+
+    def _moved(self, w: Tensor, x: Tensor, factor: Tensor, *, out: Tensor, back: Tensor | None = None) -> Tensor:
+        """`out` ← keep·w − rate·factor·x + back."""
         rate, keep, late = self.rate, self.keep, 1.0
         if isinstance(rate, Tensor):
             factor, rate = factor * rate, 1.0
@@ -337,9 +411,7 @@ class _Step:
             torch.add(back, out, alpha=late, out=out)
         elif late != 1.0:
             out.mul_(late)
-        self._admit(target, out)
-        if self.parameter is not None:
-            self._admit(self.parameter[block], out)
+        return out
 
     def _out(self, target: Tensor) -> Tensor:
         """Where the new values of a block go: itself, or beside it until a flag has admitted them."""
@@ -350,6 +422,13 @@ class _Step:
             torch.where(self.admitted, new.to(target.dtype), target, out=target)
         elif new is not target:
             target.copy_(new)
+
+    def _is_certain(self, damped: Tensor) -> bool:
+        """Whether N + δ·rms N is so much more than squares that underflow come to that these do not matter."""
+        dtype, n = self.weight.dtype, self.weight.shape[-1]
+        lost = sqrt(n * torch.finfo(dtype).tiny)
+        least, most = torch.aminmax(damped)
+        return float(least) * torch.finfo(dtype).eps > lost and float(most) < inf
 
     def _damp(self, sizes: Tensor, out: Tensor) -> Tensor:
         """`out` ← N + δ·rms N of the rows of each matrix."""
@@ -413,7 +492,7 @@ class _Step:
     @property
     def _tiny(self) -> float:
         """Less than the norm of any row that is not zero, once it is multiplied by its power of two."""
-        return SAFE[self.weight.dtype][0] ** 2
+        return SMALL[self.weight.dtype] ** 2
 
     def _blocks(self) -> list[slice]:
         count = len(self.weight)

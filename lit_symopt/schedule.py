@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import cos, pi
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_symopt.capture import shortest
 from lit_symopt.config import ScheduleConfig
 
 
@@ -33,4 +35,7 @@ def factor(step: int, config: ScheduleConfig) -> float:
 
 def build_scheduler(optimizer: Optimizer, config: ScheduleConfig) -> LambdaLR:
     """A torch scheduler that multiplies every group's own rate by `factor`; step it once per optimizer step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # of a capturable optimizer: what is saved of the schedule stays a number
+            group.setdefault("initial_lr", shortest(group["lr"]))
     return LambdaLR(optimizer, lambda step: factor(step, config))

@@ -196,7 +196,7 @@ def settings_for(block: Block, config: SymOptConfig) -> dict[str, Any]:
     chosen["centered"] = _centered(block, chosen["centered"])
     chosen["precision"] = chosen["precision"] or config.precision
     chosen["backend"] = chosen["backend"] or config.backend
-    chosen["scratch"] = config.scratch
+    chosen["scratch"], chosen["capturable"] = config.scratch, config.capturable
     return {key: value for key, value in chosen.items() if key not in ("lr_multiplier", "heads", "pairs")}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from lit_symopt.backends.choice import takes
+from lit_symopt.backends.choice import Part, takes
 from lit_symopt.backends.rows import row_step_by_backend
 from lit_symopt.errors import ConfigError
 from lit_symopt.finite import undone_unless
@@ -62,8 +62,14 @@ SPECTRAL = frozenset({"spectral", "right_spectral", "left_spectral"})
 FUSED = frozenset({"cpu", "cuda", "xpu", "mps"})
 """Types of devices on which torch has fused AdamW and SGD."""
 
+KEPT = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+"""State with one number an element."""
+
 USUAL = 256 * MIB
 """Bytes of scratch memory where no bound is given and a matrix needs no more."""
+
+SHORTEST = 1e-12
+"""Radius times scale, at least, by which a decay is divided."""
 
 IN_CACHE = 24 * MIB
 """Bytes of scratch of a piece on a CPU where products are in bfloat16, unless a bound is given: momentum, rule and
@@ -94,12 +100,10 @@ class Member:
         """What members must share to be updated together."""
         group, weight = self.group, self.weight
         where = (layout_of(group, weight.shape), tuple(weight.shape), weight.dtype, self.gradient.dtype, weight.device)
-        # Rates that are tensors cannot be compared without waiting for the device: the same tensor, or another bucket.
-        rates = (id(group["lr"]), group["weight_decay"], group["radius"]) if isinstance(group["lr"], Tensor) else ()
         if group["rule"] == "adamw":
             # One rate for all: and two groups that have the same one now need not have it after the next step.
             return ("adamw", id(group), *where)
-        return (*(group[option] for option in _RULE_OPTIONS), *rates, *where)
+        return (*(group[option] for option in _RULE_OPTIONS), *where)
 
     def written(self) -> list[Tensor]:
         """The weights that a step writes."""
@@ -151,7 +155,7 @@ def make_state(member: Member) -> None:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        if weight.is_cuda and not state["step"].is_cuda:
+        if weight.device.type != "cpu" and state["step"].device != weight.device:
             # The step counter lies on the device, so that a refused step can be masked without asking. A checkpoint
             # brings it back on the host.
             state["step"] = state["step"].to(weight.device)
@@ -171,7 +175,7 @@ def update(bucket: Sequence[Member], *, scratch: Scratch = FRESH, refused: Tenso
         ConfigError: if one matrix needs more scratch memory than the group's option `scratch` allows.
     """
     first = bucket[0]
-    if _taken_by_rows(bucket):
+    if taken_by_rows(bucket):
         with phase(subject_of, "rule", bucket):
             for member in bucket:
                 _update_rows(member, scratch, refused)
@@ -185,24 +189,57 @@ def update(bucket: Sequence[Member], *, scratch: Scratch = FRESH, refused: Tenso
                 _update_matrices(piece, layout, shape, scratch, mask)
 
 
-def _taken_by_rows(bucket: Sequence[Member]) -> bool:
+def require_scratch(bucket: Sequence[Member]) -> None:
+    """Make sure, before anything is written, that the group's option `scratch` is enough for the update of a bucket.
+
+    Raises:
+        ConfigError: if one matrix needs more.
+    """
+    group = bucket[0].group
+    if group["scratch"] is None or (group["rule"] == "adamw" and not group["centered"]):
+        return
+    if not taken_by_rows(bucket):
+        next(_pieces(bucket))
+        return
+    member = bucket[0]
+    for rows in layout_of(group, member.weight.shape).to_matrices(member.weight):
+        _require_row_scratch(group, rows, member.name)
+
+
+def _require_row_scratch(group: Mapping[str, Any], rows: Tensor, of: str) -> None:
+    need = row_step_bytes(rows, centered=group["centered"])
+    if group["scratch"] is not None and need > group["scratch"] * MIB:
+        raise _too_small(group, need, rows.shape, of)
+
+
+def taken_by_rows(bucket: Sequence[Member]) -> bool:
     """Whether a step of row_norm is taken as a whole, momentum and write included."""
     group, weight = bucket[0].group, bucket[0].weight
     if group["rule"] != "row_norm":
         return False
     layout = layout_of(group, weight.shape)
     if group["backend"] not in ("auto", "eager"):
-        part = takes(
-            group["backend"],
-            group,
-            dtype=weight.dtype,
-            device_type=weight.device.type,
-            longest_row=max(part.n for part in layout.parts(weight.shape)),
-        )
-        return part == "row_step" and _in_place(layout, tuple(weight.shape))
+        shape = tuple(weight.shape)
+        return part_by_backend(group, layout, shape, dtype=weight.dtype, device_type=weight.device.type) == "row_step"
     return all(
         row_step_takes(group, layout, *member.written(), *member.state.values(), count=len(bucket)) for member in bucket
     )
+
+
+def part_by_backend(
+    group: Mapping[str, Any], layout: Layout, shape: Shape, *, dtype: torch.dtype, device_type: str
+) -> Part | None:
+    """What of the update of a parameter the group's backend takes over from `eager`; `None` for nothing.
+
+    Args:
+        group: of the optimizer.
+        layout, shape: of the parameter.
+        dtype: of the weight that is updated, so float32 for parameters in half precision.
+        device_type: where it is.
+    """
+    longest = max(part.n for part in layout.parts(shape))
+    part = takes(group["backend"], group, dtype=dtype, device_type=device_type, longest_row=longest)
+    return None if part == "row_step" and not _in_place(layout, shape) else part
 
 
 @lru_cache(maxsize=4096)
@@ -227,9 +264,7 @@ def _update_rows(member: Member, scratch: Scratch, refused: Tensor | None) -> No
     for rows, gradient, momentum, parameter in zip(*batches, strict=True):
         assert rows is not None
         assert gradient is not None
-        need, given = row_step_bytes(rows, centered=group["centered"]), group["scratch"]
-        if given is not None and need > given * MIB:
-            raise _too_small(group, need, rows.shape, member.name)
+        _require_row_scratch(group, rows, member.name)
         with scratch.lend():
             row_step_by_backend(
                 rows,
@@ -260,14 +295,27 @@ def masked(bucket: Sequence[Member], refused: Tensor | None) -> Iterator[Tensor 
 
 def _fusable(member: Member) -> bool:
     """Whether torch's fused operations can be used: they walk through memory and do not look at strides."""
-    tensors = (member.gradient, member.weight, *member.state.values())
-    return member.weight.device.type in FUSED and all(tensor.is_contiguous() for tensor in tensors)
+    weight, kept = member.weight, [member.state[key] for key in KEPT if key in member.state]
+    # The state of a model that was moved to another dtype keeps its own.
+    return (
+        weight.device.type in FUSED
+        and all(tensor.is_contiguous() for tensor in (member.gradient, weight, *kept))
+        and all(tensor.dtype == weight.dtype for tensor in kept)
+    )
 
 
 def update_elements(bucket: Sequence[Member], *, refused: Tensor | None = None) -> None:
     """AdamW as it is, element by element: shapes do not matter."""
+    group, weights = bucket[0].group, [member.weight for member in bucket]
+    decay = group["weight_decay"]
     with phase(subject_of, "rule", bucket):
-        _adamw_step(bucket, [member.weight for member in bucket], bucket[0].group["weight_decay"], refused)
+        if isinstance(decay, Tensor):  # which AdamW does not take
+            if all(_fusable(member) for member in bucket):
+                _decay_(weights, group["lr"] * decay, refused)
+            else:
+                _scale_(weights, [1.0 - group["lr"] * decay] * len(weights))
+            decay = 0.0
+        _adamw_step(bucket, weights, decay, refused)
     _write_back(bucket)
 
 
@@ -329,11 +377,15 @@ def apply(
         refused: unless it is 0, no weight changes; only for members that `_fusable` takes.
     """
     with phase(subject_of, "write", bucket):
+        if refused is not None:  # which only the fused operations take
+            updates = [one.contiguous() for one in updates]
         if all(_fusable(member) for member in bucket) and all(one.is_contiguous() for one in updates):
             alike: dict[Hashable, list[int]] = {}
             for index, member in enumerate(bucket):
-                rates = tuple(member.group[key] for key in ("lr", "weight_decay", "radius"))
-                alike.setdefault(rates, []).append(index)
+                rates = [member.group[key] for key in ("lr", "weight_decay", "radius")]
+                # Tensors cannot be compared without waiting for the device: the same tensor, or another rate.
+                same = tuple(id(rate) if isinstance(rate, Tensor) else rate for rate in rates)
+                alike.setdefault(same, []).append(index)
             for which in alike.values():
                 _write_fused([bucket[index] for index in which], [updates[index] for index in which], factor, refused)
         else:
@@ -346,14 +398,27 @@ def _write_fused(bucket: Sequence[Member], updates: list[Tensor], factor: float,
     """Decay and step of members with the same rates, in one launch for all."""
     group, weights = bucket[0].group, [member.weight for member in bucket]
     lr, decay = group["lr"], group["weight_decay"]
-    if group["rule"] == "adamw":  # whose updates are steps: W + S - lr·wd·W
-        _sgd_(weights, updates, [], rate=-1.0, decay=-lr * decay, refused=refused)
+    adamw = group["rule"] == "adamw"  # whose updates are steps: W + S - lr·wd·W
+    if isinstance(decay, Tensor) or (adamw and isinstance(lr, Tensor)):
+        _decay_(weights, lr * decay, refused)
+        decay = 0.0
+    if adamw:
+        _sgd_(weights, updates, [], rate=-1.0, decay=-lr * decay if decay else 0.0, refused=refused)
         return
     length = group["radius"] * factor
-    if length == 0.0:
-        torch._foreach_zero_(updates)
+    if not SHORTEST <= length <= 1 / SHORTEST:  # or decay / length could leave the range of float32
+        torch._foreach_mul_(updates, length)
         length = 1.0
     _sgd_(weights, updates, [], rate=lr * length, decay=decay / length, refused=refused)
+
+
+def _decay_(weights: list[Tensor], rate: Tensor, refused: Tensor | None) -> None:
+    """`W ← W − rate·W` for a rate on the device, because the decay that torch's fused operations take is a number.
+
+    A step of SGD with the weights as gradients, and not a product with 1 − rate, which would be rounded in the same
+    direction at every step.
+    """
+    _sgd_(weights, weights, [], rate=rate, refused=refused)
 
 
 def _sgd_(
@@ -378,7 +443,7 @@ def _sgd_(
         found_inf=refused,
         weight_decay=decay,
         momentum=beta,
-        lr=rate,  # type: ignore[arg-type]  # torch takes tensors too
+        lr=rate.float() if isinstance(rate, Tensor) else rate,  # type: ignore[arg-type]  # torch takes tensors too
         dampening=0.0 if nesterov else beta,
         nesterov=nesterov,
         maximize=False,
@@ -395,9 +460,10 @@ def _write(bucket: Sequence[Member], updates: list[Tensor], factor: float) -> No
 
 
 def _scale_(tensors: list[Tensor], factors: list[Any]) -> None:
-    """Each tensor times its factor, in place; factors are numbers, or one tensor for all."""
-    if isinstance(factors[0], Tensor):
-        torch._foreach_mul_(tensors, factors[0])
+    """Each tensor times its factor, in place; factors are numbers or tensors of one number."""
+    if any(isinstance(factor, Tensor) for factor in factors):
+        for tensor, factor in zip(tensors, factors, strict=True):
+            tensor.mul_(factor)
     elif not _equal(factors):
         torch._foreach_mul_(tensors, factors)
     elif factors[0] != 1.0:
@@ -405,8 +471,7 @@ def _scale_(tensors: list[Tensor], factors: list[Any]) -> None:
 
 
 def _equal(numbers: list[Any]) -> bool:
-    """Whether all numbers are the first; tensors are one for all (see `Member.bucket`)."""
-    return isinstance(numbers[0], Tensor) or numbers.count(numbers[0]) == len(numbers)
+    return numbers.count(numbers[0]) == len(numbers)
 
 
 def _write_back(bucket: Sequence[Member]) -> None:
@@ -585,7 +650,7 @@ def _update_matrices(
             packed = scratch.like(stack, torch.bfloat16) if _in_bfloat16(group, layout, shape, weight) else stack
             torch._foreach_copy_(packed.unbind(), found)
     updates, factor = _update_and_factor(packed, group=group, layout=layout, shape=shape, of=of, how=how)
-    if updates.dtype != weight.dtype:
+    if updates.dtype != weight.dtype or (refused is not None and not updates.is_contiguous()):
         with phase(of, "pack"):
             updates = stack.copy_(updates)
     apply(bucket, list(updates.unbind()), factor=factor, refused=refused)
@@ -747,7 +812,7 @@ def _adamw_step(
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        lr=group["lr"],
+        lr=group["lr"].float() if isinstance(group["lr"], Tensor) else group["lr"],
         weight_decay=weight_decay,
         eps=group["eps"],
         maximize=False,

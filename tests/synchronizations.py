@@ -4,6 +4,8 @@
         optimizer.step()        # raises at the operation that would wait
 
 On a CPU the results of all operations are there at once, so nothing waits; but the operations that would are the same.
+
+And what a graph does with a step, on a CPU: `Recording` repeats its operations, on the same memory and without Python.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
@@ -142,3 +144,33 @@ def synchronizations(function: Callable[[], object], *, host: Iterable[Tensor] =
     with NoSynchronization(host=host, record=True) as mode:
         function()
     return mode.found
+
+
+class Recording(TorchDispatchMode):
+    """The operations of what is run inside, as a CUDA graph captures them; numbers that Python made are constants."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls: list[tuple[Any, Any, list[Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # A copy of all lists in them: whoever called may change his own.
+        given = tree_map(lambda leaf: leaf, (args, kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self._calls.append((func, given, tree_leaves(result)))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """All operations once more, with what is now in the tensors that they read, into those that they wrote."""
+        for func, (args, kwargs), results in self._calls:
+            read = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+            for old, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
+                if _is_tensor(new) and new.untyped_storage().data_ptr() not in read:  # it is no view
+                    old.copy_(new)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)

@@ -94,12 +94,12 @@ def test_phases_lie_inside_the_step_and_never_cross(family: str, tmp_path: Path)
 
 def test_half_precision_says_what_masters_and_casts_cost(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(8, 4, dtype=torch.bfloat16))
-    optimizer = SymOpt([weight], rule="row_norm", lr=0.1)
+    optimizer = SymOpt([weight], rule="spectral", lr=0.1)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
     names = Counter(event["name"] for event in ranges_of(optimizer, tmp_path))
-    assert names["symopt/linear/row_norm/momentum"] == 3  # the master, the gradient, and the momentum itself
-    assert names["symopt/linear/row_norm/write"] == 2  # the master, and the parameter
+    assert names["symopt/linear/spectral/momentum"] == 3  # the master, the gradient, and the momentum itself
+    assert names["symopt/linear/spectral/write"] == 2  # the master, and the parameter
 
 
 def test_the_closure_is_not_part_of_the_step(tmp_path: Path) -> None:

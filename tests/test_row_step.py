@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_symopt import row_step as module
 from lit_symopt.groups import DEFAULTS
 from lit_symopt.layout import Layout
-from lit_symopt.row_step import analytic, row_step, scratch_bytes, takes
+from lit_symopt.row_step import LONG, analytic, row_step, scratch_bytes, takes
 from lit_symopt.rules import ema_, nesterov_
 from lit_symopt.scratch import Arena
 from lit_symopt.update import direction_to_update
@@ -85,12 +85,14 @@ def test_three_steps_are_those_of_the_general_path(
 
 
 @every_option
+@pytest.mark.parametrize("n", [17, LONG + 3])
 @pytest.mark.usefixtures("small_blocks")
-def test_a_step_is_its_equation_in_float64(options: dict[str, Any]) -> None:
-    w, g, m = (random(300, 17, seed=seed) for seed in range(3))
+def test_a_step_is_its_equation_in_float64(n: int, options: dict[str, Any]) -> None:
+    w, g, m = (random(300, n, seed=seed) for seed in range(3))
     beta, exact = options["beta"], m.double()
-    momentum = m.clone() if beta else None
-    found = stepped(w, g, momentum, lr=LR, weight_decay=DECAY, scale=2.0, **options)
+    momentum, half = m.clone() if beta else None, w.bfloat16()
+    found = stepped(w, g, momentum, lr=LR, weight_decay=DECAY, scale=2.0, parameter=half, **options)
+    assert torch.equal(half, found.bfloat16())
     v = g.double()
     if beta:
         exact = beta * exact + (v if options["nesterov"] else (1 - beta) * v)
@@ -106,12 +108,14 @@ def test_a_step_is_its_equation_in_float64(options: dict[str, Any]) -> None:
 
 
 @every_option
+@pytest.mark.parametrize("n", [67, LONG + 3])
 def test_the_size_of_the_blocks_and_the_number_of_threads_change_no_bit(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    n: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w, g, m = (random(3000, 67, seed=seed) for seed in range(3))
-    g[1234] = 0
-    m[1234] = 1e-30  # whose block takes the way of small rows
+    w, g, m = (random(3000, n, seed=seed) for seed in range(3))
+    # Few or many of a block, by its size.
+    g[1214:1234], m[1214:1234] = 0, 1e-30
+    g[1300], m[1300] = 0, 0
     before, found = torch.get_num_threads(), []
     try:
         for threads, size in product((1, 2), (1, 100_000, 1 << 30)):
@@ -148,14 +152,37 @@ def test_a_step_does_not_see_the_scale_of_the_gradient(options: dict[str, Any], 
     assert ((usual - scaled).abs() / (w.abs() + LR)).max() <= 2 * 2.0**-24
 
 
-def test_a_small_row_changes_no_bit_of_the_others() -> None:
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30])
+@pytest.mark.parametrize("rows", [[7], [7, 30], list(range(5, 40))])
+def test_rows_of_other_sizes_change_no_bit_of_the_rest_and_get_what_one_alone_gets(
+    rows: list[int], size: float
+) -> None:
     w, g = random(50, 12, seed=1), random(50, 12, seed=2)
+    half = w.bfloat16()
     usual = stepped(w, g)
-    g[7] = 1e-30
-    found = stepped(w, g)
-    assert not torch.equal(found[7], usual[7])
-    rest = torch.arange(50) != 7
+    g[rows] *= size
+    found = stepped(w, g, parameter=half)
+    alone = torch.cat([stepped(w[row : row + 1], g[row : row + 1]) for row in rows])
+    assert torch.equal(found[rows], alone)
+    assert size == 1e-40 or (alone - usual[rows]).abs().max() <= 4 * 2.0**-24 * (w.abs() + LR).max()
+    rest = [row for row in range(50) if row not in rows]
     assert torch.equal(found[rest], usual[rest])
+    assert torch.equal(half, found.bfloat16())
+
+
+def test_under_damping_a_row_of_any_size_adds_what_its_equation_says() -> None:
+    g = random(50, 12, seed=2)
+    g[10:20] *= 1e-20
+    g[20:30] *= 1e-40
+    nothing = torch.zeros_like(g)
+    for size in (1.0, 1e-12, 1e20):  # at the second, the squares that are lost would matter
+        v = (g * size).double()
+        norms = v.norm(dim=1, keepdim=True)
+        exact = v / (norms + 0.1 * norms.square().mean().sqrt())
+        found = -stepped(nothing, g * size, lr=1.0, row_damping=0.1)
+        assert (found - exact).abs().max() <= 4 * 2.0**-24
+        visible = exact.abs() > 1e-37
+        torch.testing.assert_close(found.double()[visible], exact[visible], rtol=4 * 2.0**-24, atol=0)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])

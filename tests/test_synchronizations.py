@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_symopt import SymOpt
 from lit_symopt.rules import RULES
-from tests.synchronizations import NoSynchronization, Synchronizes, synchronizations
+from tests.synchronizations import NoSynchronization, Recording, Synchronizes, synchronizations
 
 X = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
 
@@ -63,6 +63,27 @@ def test_what_lies_on_the_host_may_be_read() -> None:
     assert len(synchronizations(lambda: (step.item(), X[0, 0].item()), host=[step])) == 1
 
 
+def test_a_recording_repeats_operations_on_what_tensors_hold_now() -> None:
+    x, total, factor = torch.ones(2, 3), torch.zeros(3), torch.tensor(2.0)
+
+    def run(number: float) -> Tensor:
+        parts = list((factor * x).unbind())
+        torch._foreach_mul_(parts, number)
+        total.add_(parts[0]).add_(parts[1])
+        parts.clear()
+        return total.square()
+
+    recording = Recording()
+    with recording:
+        result = run(3.0)
+    assert total.tolist() == [12.0] * 3
+    x.fill_(2.0)
+    factor.fill_(0.5)
+    recording.replay()
+    assert total.tolist() == [12.0 + 2 * 3.0] * 3
+    assert result.tolist() == [18.0**2] * 3
+
+
 class NotYet:
     """The event of a copy that has not arrived."""
 
@@ -77,6 +98,8 @@ def stepped(device: str, *, lr: float | Tensor, **options: Any) -> SymOpt:
     optimizer = SymOpt(parameters, lr=1e-2, weight_decay=0.1, **options)
     for group in optimizer.param_groups:
         group["lr"] = lr
+        if isinstance(lr, Tensor):
+            group["weight_decay"] = 2 * lr
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

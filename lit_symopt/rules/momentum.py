@@ -28,10 +28,9 @@ def ema_(buffers: Sequence[Tensor], gradients: Sequence[Tensor], beta: float) ->
     [tensor([2.])]
     """
     if buffers:  # the foreach operations refuse empty lists
-        dtype = buffers[0].dtype
-        if gradients[0].dtype != dtype:  # a linear interpolation takes one dtype
-            gradients = [gradient.to(dtype) for gradient in gradients]
-        torch._foreach_lerp_(list(buffers), list(gradients), 1 - beta)
+        # A linear interpolation takes one dtype.
+        alike = [gradient.to(buffer.dtype) for buffer, gradient in zip(buffers, gradients, strict=True)]
+        torch._foreach_lerp_(list(buffers), alike, 1 - beta)
     return list(buffers)
 
 

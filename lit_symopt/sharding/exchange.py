@@ -89,6 +89,9 @@ class _View:
 class _Batch(ABC):
     """What the routes have in common."""
 
+    at_once: int
+    """How many whole cells are updated at a time, on the routes that have any."""
+
     def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment], scratch: Scratch) -> None:
         self.round, self.transport, self.segments, self.scratch = one, transport, segments, scratch
         self.rank, self.device = transport.rank, transport.device
@@ -109,11 +112,8 @@ class _Batch(ABC):
         """Updates `[K, numel]` of whole cells `[K, numel]`, as many at a time as the scratch memory holds."""
         shape, dim, layout = self.round.shape, self.round.dim, self.round.layout
         stored = (shape[dim], *shape[:dim], *shape[dim + 1 :])
-        at_once = piece_size(
-            len(flat), self.options, layout, shape, dtype=flat.dtype, device_type=flat.device.type, of=self.of.name
-        )
         updates = torch.empty_like(flat)
-        for piece, updated in zip(flat.split(at_once), updates.split(at_once), strict=True):
+        for piece, updated in zip(flat.split(self.at_once), updates.split(self.at_once), strict=True):
             direction = piece.view(len(piece), *stored).movedim(1, dim + 1)
             with self.scratch.lend():
                 update = direction_to_update(
@@ -129,6 +129,8 @@ class _Local(_Batch):
     def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment], scratch: Scratch) -> None:
         super().__init__(one, transport, segments, scratch)
         self.coordinate = get_rule(self.options["rule"]).kind == "coordinate" and not self.options["centered"]
+        if not self.coordinate:
+            self.at_once = _at_once(one, transport)
         self.views: list[_View] = []
         for cell in one.cells:
             for stretch in cell.held:
@@ -193,6 +195,7 @@ class _Owner(_Batch):
 
     def __init__(self, one: Round, transport: Transport, segments: Mapping[str, Segment], scratch: Scratch) -> None:
         super().__init__(one, transport, segments, scratch)
+        self.at_once = _at_once(one, transport)
         self.numel = prod(one.shape)
         self.mine = [cell for cell in one.cells if cell.owner == self.rank]
         place = {id(cell): index * self.numel for index, cell in enumerate(self.mine)}
@@ -289,6 +292,19 @@ class _Rows(_Batch):
     def _all_reduce(self, x: Tensor, op: Literal["sum", "max"]) -> Tensor:
         with phase(self.of, "communication"):
             return self.transport.all_reduce(torch.zeros_like(x) if self.is_copy else x, op)
+
+
+def _at_once(one: Round, transport: Transport) -> int:
+    """How many cells the scratch memory holds: asked on every rank, so that all raise the same error or none."""
+    return piece_size(
+        len(one.cells),
+        one.named_options(),
+        one.layout,
+        one.shape,
+        dtype=one.dtype,
+        device_type=transport.device.type,
+        of=one.cells[0].block,
+    )
 
 
 def _subject(one: Round) -> Subject:

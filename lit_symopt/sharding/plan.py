@@ -17,7 +17,7 @@ Units: bytes are counted where they are sent, work in multiply-adds m·n·min(m,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
@@ -213,6 +213,13 @@ class Plan:
 
     world: int
     rounds: tuple[Round, ...]
+
+    def without(self, blocks: Collection[str]) -> Plan:
+        """The same less some blocks of which nothing moves (route `local`)."""
+        kept = [
+            replace(one, cells=tuple(cell for cell in one.cells if cell.block not in blocks)) for one in self.rounds
+        ]
+        return replace(self, rounds=tuple(one for one in kept if one.cells))
 
     def sent(self) -> dict[str, list[int]]:
         """Bytes that each rank sends in one step, by role."""

@@ -19,10 +19,21 @@ from lit_symopt.sharding.holdings import Distribution, Holding, Placement
 from lit_symopt.sharding.plan import OPTIONS, Block, Plan, make_plan
 from lit_symopt.sharding.report import PlanReport
 from lit_symopt.sharding.transport import Transport
-from lit_symopt.update import Member, apply, directions, local_part, masked, subject_of, update_elements
+from lit_symopt.update import (
+    Member,
+    apply,
+    directions,
+    local_part,
+    masked,
+    subject_of,
+    taken_by_rows,
+    update,
+    update_elements,
+)
 
 Group = dict[str, Any]
 Planned = tuple[Holding, Group]
+Held = tuple[Holding, Member]
 
 
 class DistributedStep:
@@ -104,7 +115,7 @@ class DistributedStep:
         """The plans of one training step in which every block has a gradient, one for each call."""
         return list(self._plans().values())
 
-    def __call__(self, members: Sequence[tuple[Holding, Member]], admitted: Tensor | None) -> None:
+    def __call__(self, members: Sequence[Held], admitted: Tensor | None) -> None:
         """Update what the members hold.
 
         Args:
@@ -112,8 +123,15 @@ class DistributedStep:
             admitted: a flag on the device that masks every write, or `None`.
         """
         with phase(EVERYTHING, "prepare"):
-            buckets = _alike([(holding, _localized(member)) for holding, member in members])
+            local = [(holding, _localized(member)) for holding, member in members]
+            at_once = _at_once(local)
+            alone = {holding.key for bucket in at_once for holding, _ in bucket}
+            buckets = _alike([one for one in local if one[0].key not in alone])
         refusal = Refusal(admitted)
+        for bucket in at_once:
+            alike = [member for _, member in bucket]
+            with phase(subject_of, "prepare", alike):
+                update(alike, scratch=self.scratch, refused=refusal.on(alike[0].weight.device))
         exchanged = []
         for bucket in buckets:
             alike = [member for _, member in bucket]
@@ -127,14 +145,16 @@ class DistributedStep:
             for bucket, found in exchanged
             for (holding, member), direction in zip(bucket, found, strict=True)
         ]
-        updates = self._exchange(directed)
+        updates = self._exchange(directed, at_once)
         for bucket, found in exchanged:
             alike = [member for _, member in bucket]
             with phase(subject_of, "prepare", alike), masked(alike, refusal.on(alike[0].weight.device)) as mask:
                 here, updates = updates[: len(found)], updates[len(found) :]
                 apply(alike, here, refused=mask)
 
-    def _exchange(self, directed: Sequence[tuple[Holding, Member, Tensor]]) -> list[Tensor]:
+    def _exchange(
+        self, directed: Sequence[tuple[Holding, Member, Tensor]], at_once: Sequence[Sequence[Held]]
+    ) -> list[Tensor]:
         if not directed:
             return []
         flat_directions: dict[str, Tensor] = {}
@@ -150,18 +170,23 @@ class DistributedStep:
                     flat_directions[segment.name], flat_updates[segment.name] = flat[here], result[here]
                 moved = direction.movedim(dim, 0).shape if dim else direction.shape
                 results.append(result.view(moved).movedim(0, dim) if dim else result.view(moved))
-            exchange = self._exchange_for([(holding, member.group) for holding, member, _ in directed])
+            exchange = self._exchange_for(
+                [(holding, member.group) for holding, member, _ in directed],
+                [(holding, member.group) for bucket in at_once for holding, member in bucket],
+            )
         exchange.run(flat_directions, flat_updates)
         return results
 
-    def _exchange_for(self, planned: Sequence[Planned]) -> Exchange:
-        planned = sorted(planned, key=lambda one: self._order[one[0].key])
+    def _exchange_for(self, moved: Sequence[Planned], at_once: Sequence[Planned]) -> Exchange:
+        """The exchange of what is `moved`, by the plan of all: who owns what is for all blocks of a call to decide."""
+        planned = sorted([*moved, *at_once], key=lambda one: self._order[one[0].key])
+        alone = frozenset(placement.name for holding, _ in at_once for placement in holding.placements)
         key = _key(planned)
-        if key not in self._exchanges:
+        if (key, alone) not in self._exchanges:
             plan = self._plans().get(key) or self._plan(planned)  # another one where some have no gradient
-            segments = {segment.name: segment for holding, _ in planned for segment in holding.segments}
-            self._exchanges[key] = Exchange(plan, self.transport, segments, scratch=self.scratch)
-        return self._exchanges[key]
+            segments = {segment.name: segment for holding, _ in moved for segment in holding.segments}
+            self._exchanges[key, alone] = Exchange(plan.without(alone), self.transport, segments, scratch=self.scratch)
+        return self._exchanges[key, alone]
 
     def _plans(self) -> dict[Hashable, Plan]:
         """The plans of all calls of a training step in which every block has a gradient."""
@@ -212,9 +237,26 @@ def _options(group: Group) -> tuple[Any, ...]:
     return tuple(group[key] for key in OPTIONS)
 
 
-def _alike(local: Sequence[tuple[Holding, Member]]) -> list[list[tuple[Holding, Member]]]:
+def _at_once(local: Sequence[Held]) -> list[list[Held]]:
+    """Buckets whose step is taken as a whole, as one process takes it: every rank has all of them; nothing moves."""
+    buckets: dict[Hashable, list[Held]] = {}
+    for holding, member in local:
+        if member.group["rule"] == "row_norm" and _is_copy(holding, member):
+            buckets.setdefault(member.bucket(), []).append((holding, member))
+    return [bucket for bucket in buckets.values() if taken_by_rows([member for _, member in bucket])]
+
+
+def _is_copy(holding: Holding, member: Member) -> bool:
+    """Whether the tensor is a whole block, on every rank."""
+    if len(holding.placements) != 1:
+        return False
+    (placement,) = holding.placements
+    return tuple(member.weight.shape) == placement.shape and set(placement.held) == {(0, placement.numel)}
+
+
+def _alike(local: Sequence[Held]) -> list[list[Held]]:
     """Members whose element-wise half is the same."""
-    buckets: dict[Hashable, list[tuple[Holding, Member]]] = {}
+    buckets: dict[Hashable, list[Held]] = {}
     for holding, member in local:
         group, weight = member.group, member.weight
         if group["rule"] == "adamw":

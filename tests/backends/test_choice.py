@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from lit_symopt import Block, BlockTaxonomy, Role, RoleConfig, SymOpt, SymOptConfig
 from lit_symopt.backends import BACKENDS, chosen, require_backend, takes
 from lit_symopt.backends.choice import INSTALL, POLAR_RULES
+from lit_symopt.cli import main
 from lit_symopt.errors import ConfigError
 from lit_symopt.rules.rows import POLAR
+from tests.cli.conftest import prepare
 
 
 def optimizer(**options: Any) -> SymOpt:
@@ -165,3 +168,37 @@ def test_explain_says_what_a_backend_does() -> None:
     assert "backend   eager: compile has nothing to do for this rule in precision auto" in ours.explain("linear.weight")
     assert "backend   eager\n" in optimizer().explain("w")
     assert "backend   compile, for the polar factor" in optimizer(backend="compile", precision="bf16").explain("w")
+
+
+# ---- the command line
+
+
+# LightningCLI in this process: what it and its parts warn about on every start is not ours to fix.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.symopt.backend", "nonsense"], "nonsense"),
+        (["--model.symopt.roles.embedding.backend", "nonsense"], "nonsense"),
+        (["--model.symopt.backend", "triton"], "backend='triton': "),
+        (["--model.symopt.scratch", "-1"], "scratch=-1.0 must be a positive number of MiB"),
+        (["--model.symopt.capturable", "true", "--model.symopt.precision", "exact"], "capturable=True: polar factors"),
+    ],
+)
+def test_a_run_that_cannot_be_is_one_clear_error(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # which seed_everything sets
+        monkeypatch.setenv(name, "0")
+    monkeypatch.chdir(prepare(tmp_path))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    try:
+        code = main(["fit", "--config", "tiny.yaml", "--trainer.accelerator", "cpu", *options])
+    except SystemExit as exit_:  # from parsing
+        code = int(exit_.code or 0)
+    said = capfd.readouterr().err
+    assert code == 2
+    assert "error: " in said
+    assert message in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

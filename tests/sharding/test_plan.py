@@ -174,6 +174,17 @@ def test_copies_share_a_polar_factor_where_sending_it_costs_less_than_computing_
     assert route(1024, ROW, "cuda") is Route.LOCAL
 
 
+def test_what_stays_of_a_plan_without_local_blocks_is_what_it_was() -> None:
+    copies = [block(f"w{n}", Layout.matrix(), (32, 8), ((0, 256),) * 2, SPECTRAL) for n in range(3)]
+    rows = [block(f"e{n}", Layout.matrix(), (64, 8), ((0, 512),) * 2, ROW) for n in range(2)]
+    whole = make_plan([rows[0], *copies, rows[1]], world=2)
+    rest = whole.without({"e0", "e1"})
+    assert [one for one in whole.rounds if one.route is not Route.LOCAL] == list(rest.rounds)
+    assert sum(rest.sent()["linear"]) == sum(whole.sent()["linear"]) > 0
+    (local,) = [one for one in whole.without({"e0"}).rounds if one.route is Route.LOCAL]
+    assert [cell.block for cell in local.cells] == ["e1"]
+
+
 # -- the models of the paper --------------------------------------------------------------------------------------
 
 
