@@ -72,8 +72,8 @@ SHORTEST = 1e-12
 """Radius times scale, at least, by which a decay is divided."""
 
 IN_CACHE = 64 * MIB
-"""Bytes of scratch of a piece on a CPU where products are in bfloat16, unless a bound is given: what the products touch,
-a third of it, stays in a cache of 32 MiB, and there are few enough pieces that calls cost nothing (2 cores)."""
+"""Bytes of scratch of a piece on a CPU where products are in bfloat16, unless a bound is given: what the products
+touch, a third of it, stays in a cache of 32 MiB, and there are few enough pieces that calls cost nothing (2 cores)."""
 
 
 @dataclass

@@ -28,8 +28,10 @@ def ema_(buffers: Sequence[Tensor], gradients: Sequence[Tensor], beta: float) ->
     [tensor([2.])]
     """
     if buffers:  # the foreach operations refuse empty lists
-        # A linear interpolation takes one dtype.
-        alike = [gradient.to(buffer.dtype) for buffer, gradient in zip(buffers, gradients, strict=True)]
+        alike = [  # a linear interpolation takes one dtype
+            gradient if gradient.dtype == buffer.dtype else gradient.to(buffer.dtype)
+            for buffer, gradient in zip(buffers, gradients, strict=True)
+        ]
         torch._foreach_lerp_(list(buffers), alike, 1 - beta)
     return list(buffers)
 
