@@ -697,9 +697,7 @@ def direction_to_update(
     Returns:
         `scale · U`, `[K, *shape]`.
     """
-    update, factor = _update_and_factor(direction, group=group, layout=layout, shape=shape, of=of, how=how)
-    with phase(of, "scale"):
-        return update if factor == 1.0 else update.mul_(factor)
+    return _scaled(*_update_and_factor(direction, group=group, layout=layout, shape=shape, of=of, how=how), of)
 
 
 def matrices_to_update(
@@ -722,9 +720,11 @@ def matrices_to_update(
         of: what the ranges of a profiler say of the matrices.
         how: by whose kernels and in whose memory.
     """
-    update, factor = _rule_and_factor(
-        matrices, options=options, fan_out=fan_out, fan_in=fan_in, rows=rows, of=of, how=how
-    )
+    found = _rule_and_factor(matrices, options=options, fan_out=fan_out, fan_in=fan_in, rows=rows, of=of, how=how)
+    return _scaled(*found, of)
+
+
+def _scaled(update: Tensor, factor: float, of: Callable[[], Subject] | Subject) -> Tensor:
     with phase(of, "scale"):
         return update if factor == 1.0 else update.mul_(factor)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.triton_places import PLACES, Run
 
 # Read by huggingface_hub when it is first imported, here and in every process a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,3 +27,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if "deepspeed" in item.keywords and not has_deepspeed:
             item.add_marker(no_deepspeed)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Run]:
+    """Calls a function of a module in a process in which Triton interprets kernels."""
+    from tests.sharding.processes import Ranks
+
+    with Ranks(1, env={"TRITON_INTERPRET": "1"}, group=False) as ranks:
+        yield lambda check, *args, **options: ranks(check, *args, device="cpu", **options)[0]
+
+
+@pytest.fixture(params=PLACES)
+def on(request: pytest.FixtureRequest) -> Run:
+    """Calls a function of a module with `device`, where kernels run."""
+    if request.param == "cuda":
+        return lambda check, *args, **options: check(*args, device="cuda", **options)
+    run: Run = request.getfixturevalue("interpreter")
+    return run

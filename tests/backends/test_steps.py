@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from shutil import which
 from typing import Any
 
@@ -15,9 +14,8 @@ from lit_symopt import Block, BlockTaxonomy, Layout, Role, RoleConfig, SymOpt, S
 from lit_symopt.errors import GradientError
 from lit_symopt.finite import FiniteCheck
 from lit_symopt.rules.rows import POLAR
-from tests.linalg.test_kernels import NEEDS_TRITON, PLACES, Run
 from tests.matrices import generator
-from tests.sharding.processes import Ranks
+from tests.triton_places import NEEDS_TRITON, Run
 
 NEEDS_COMPILER = pytest.mark.skipif(which("g++") is None, reason="torch.compile needs a C++ compiler")
 
@@ -187,21 +185,6 @@ def test_a_compiled_step_that_is_refused_changes_nothing(case: str) -> None:
 
 
 # ---- triton
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Run]:
-    with Ranks(1, env={"TRITON_INTERPRET": "1"}, group=False) as ranks:
-        yield lambda check, *args, **options: ranks(check, *args, device="cpu", **options)[0]
-
-
-@pytest.fixture(params=PLACES)
-def on(request: pytest.FixtureRequest) -> Run:
-    """Calls a function of this module with `device`, where kernels run."""
-    if request.param == "cuda":
-        return lambda check, *args, **options: check(*args, device="cuda", **options)
-    run: Run = request.getfixturevalue("interpreter")
-    return run
 
 
 @NEEDS_TRITON

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,26 +16,10 @@ from lit_symopt.linalg.execution import Execution
 from lit_symopt.linalg.newton_schulz import PYTORCH, iterate
 from lit_symopt.linalg.polar import BF16
 from lit_symopt.scratch import Arena
-from tests.linalg.test_kernels import NEEDS_TRITON, PLACES, Run
 from tests.matrices import generator
-from tests.sharding.processes import Ranks
+from tests.triton_places import NEEDS_TRITON, Run
 
 pytestmark = NEEDS_TRITON
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Run]:
-    with Ranks(1, env={"TRITON_INTERPRET": "1"}, group=False) as ranks:
-        yield lambda check, *args, **options: ranks(check, *args, device="cpu", **options)[0]
-
-
-@pytest.fixture(params=PLACES)
-def on(request: pytest.FixtureRequest) -> Run:
-    """Calls a function of this module with `device`, where kernels run."""
-    if request.param == "cuda":
-        return lambda check, *args, **options: check(*args, device="cuda", **options)
-    run: Run = request.getfixturevalue("interpreter")
-    return run
 
 
 def products(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> dict[str, float]:

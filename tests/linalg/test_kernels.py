@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,34 +24,12 @@ from lit_symopt.linalg.kernels import (
 )
 from tests.matrices import generator
 from tests.sharding.processes import Ranks
-
-Run = Callable[..., Any]
-
-NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs `pip install lit-symopt[triton]`")
-OLD = find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
-INTERPRETED = pytest.mark.skipif(OLD, reason="the interpreter of Triton before 3.7 fails with NumPy 2.4")
-PLACES = [pytest.param("interpreter", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
-"""Triton settles when it is imported whether it interprets: on a CPU, what is checked runs in a process of its own."""
+from tests.triton_places import NEEDS_TRITON, Run
 
 SHAPES = [(1, 1), (17, 5), (5, 17), (33, 70), (3, 20, 31), (2, 1, 16, 16)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Run]:
-    with Ranks(1, env={"TRITON_INTERPRET": "1"}, group=False) as ranks:
-        yield lambda check, *args, **options: ranks(check, *args, device="cpu", **options)[0]
-
-
-@pytest.fixture(params=PLACES)
-def on(request: pytest.FixtureRequest) -> Run:
-    """Calls a function of this module with `device`, where kernels run."""
-    if request.param == "cuda":
-        return lambda check, *args, **options: check(*args, device="cuda", **options)
-    run: Run = request.getfixturevalue("interpreter")
-    return run
 
 
 def matrices(shape: tuple[int, ...], dtype: torch.dtype, device: str, *, seed: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import import_module
 from itertools import product
 from typing import Any
@@ -15,30 +14,14 @@ from lit_symopt import SymOpt
 from lit_symopt.errors import ConfigError
 from lit_symopt.layout import Layout
 from lit_symopt.linalg.kernels import row_rule
-from tests.linalg.test_kernels import NEEDS_TRITON, PLACES, Run
 from tests.matrices import generator
-from tests.sharding.processes import Ranks
+from tests.triton_places import NEEDS_TRITON, Run
 
 pytestmark = NEEDS_TRITON
 
 LR, DECAY = 1e-2, 0.1
 ROUNDING = 2.0**-24
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Run]:
-    with Ranks(1, env={"TRITON_INTERPRET": "1"}, group=False) as ranks:
-        yield lambda check, *args, **options: ranks(check, *args, device="cpu", **options)[0]
-
-
-@pytest.fixture(params=PLACES)
-def on(request: pytest.FixtureRequest) -> Run:
-    """Calls a function of this module with `device`, where kernels run."""
-    if request.param == "cuda":
-        return lambda check, *args, **options: check(*args, device="cuda", **options)
-    run: Run = request.getfixturevalue("interpreter")
-    return run
 
 
 def random(*shape: int, seed: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
