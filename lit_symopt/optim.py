@@ -19,11 +19,12 @@ from lit_symopt.errors import CheckpointError, ConfigError, GradientError
 from lit_symopt.explain import explain
 from lit_symopt.finite import FiniteCheck, Refusal
 from lit_symopt.groups import DEFAULTS, MEANING, validate_group
+from lit_symopt.member import BATCHED_BY, Member, local_part, make_state, subject_of
 from lit_symopt.ranges import EVERYTHING, FINITE, Subject, phase
 from lit_symopt.ranges import step as range_of_step
 from lit_symopt.scratch import FRESH, Arena
 from lit_symopt.stacks import settings_for
-from lit_symopt.update import BATCHED_BY, Member, local_part, make_state, require_scratch, subject_of, update
+from lit_symopt.update import require_scratch, update
 
 if TYPE_CHECKING:
     from lit_symopt.sharding.holdings import Distribution

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lit_symopt import Layout, SymOpt
 from lit_symopt.bench.counting import scratch_bytes as allocated_by
 from lit_symopt.errors import ConfigError
+from lit_symopt.pieces import piece_size, scratch_bytes
 from lit_symopt.scratch import MIB, Arena
-from lit_symopt.update import piece_size, scratch_bytes
 
 RULES: dict[str, dict[str, Any]] = {
     "bf16": {"rule": "spectral", "precision": "bf16", "scale": "rms"},
@@ -60,7 +60,7 @@ def test_pieces_change_nothing(shape: str, rule: str, dtype: torch.dtype, monkey
     size, layout = SHAPES[shape]
     options = {**RULES[rule], "layout": layout, "dtype": dtype}
     together = stepped(size, **options)
-    monkeypatch.setattr("lit_symopt.update.IN_CACHE", 1)
+    monkeypatch.setattr("lit_symopt.pieces.IN_CACHE", 1)
     apart = stepped(size, **options)
     for a, b in zip(together, apart, strict=True):
         # Products of one matrix may round otherwise than those of many, in bfloat16 by 2^-8 of a step.
@@ -79,7 +79,7 @@ def test_a_stack_of_experts_is_cut_between_experts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "_foreach_lerp_", spy)
     options: dict[str, Any] = {"rule": "spectral", "precision": "bf16", "centered": False, "layout": Layout.experts()}
     need = scratch_bytes(options, Layout.matrix(), (48, 32), dtype=torch.float32, device_type="cpu")
-    monkeypatch.setattr("lit_symopt.update.IN_CACHE", 5 * need)
+    monkeypatch.setattr("lit_symopt.pieces.IN_CACHE", 5 * need)
     stepped((12, 48, 32), steps=1, count=2, **options)
     assert seen == [[(4, 48, 32)]] * 6  # 12 experts in pieces of at most 5 are three of 4
 
@@ -122,7 +122,7 @@ def test_without_a_bound_a_matrix_may_be_of_any_size() -> None:
 )
 def test_scratch_stays_below_its_bound(bound: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allocated at once besides parameters, gradients and states, as the profiler of torch sees it."""
-    monkeypatch.setattr("lit_symopt.update.IN_CACHE", 1 << 60)
+    monkeypatch.setattr("lit_symopt.pieces.IN_CACHE", 1 << 60)
     parameters = [nn.Parameter(torch.randn(384, 128)) for _ in range(160)]
     for parameter in parameters:
         parameter.grad = torch.randn(384, 128)

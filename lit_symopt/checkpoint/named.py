@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_symopt.checkpoint.stretches import put, take
 from lit_symopt.errors import CheckpointError
 from lit_symopt.groups import MEANING
-from lit_symopt.update import local_part
+from lit_symopt.member import local_part
 
 if TYPE_CHECKING:
     from lit_symopt.optim import SymOpt

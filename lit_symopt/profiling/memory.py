@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_symopt.member import local_part
 from lit_symopt.profiling.events import ANNOTATION, MEMORY, Trace
 from lit_symopt.profiling.run import MemoryUse
 from lit_symopt.ranges import ALL, STEP
-from lit_symopt.update import local_part
 
 MASTER = "master"
 """The entry of `SymOpt`'s state that is no state: the fp32 copy of a parameter in half precision."""

@@ -30,10 +30,13 @@ from lit_symopt.rules.registry import get_rule
 from lit_symopt.rules.rule import Scale
 from lit_symopt.rules.scale import NUCLEAR, validate_scale
 
-__all__ = ["POLAR", "WHOLE", "RowShards", "Rows", "payload"]
+__all__ = ["POLAR", "SPECTRAL", "WHOLE", "RowShards", "Rows", "payload"]
 
 POLAR = frozenset({"spectral", "right_spectral", "left_spectral", "row_then_spectral", "spectral_then_row"})
 """The rules that take a polar factor, and so add up a Gram matrix."""
+
+SPECTRAL = frozenset({"spectral", "right_spectral", "left_spectral"})
+"""The rules that are a polar factor and nothing else."""
 
 
 def payload(

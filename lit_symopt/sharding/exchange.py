@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_symopt.linalg.execution import Execution
+from lit_symopt.pieces import piece_size
 from lit_symopt.ranges import Subject, phase
 from lit_symopt.rules import get_rule
 from lit_symopt.rules.rows import RowShards
@@ -24,7 +25,7 @@ from lit_symopt.scratch import FRESH, Scratch
 from lit_symopt.sharding.holdings import Segment
 from lit_symopt.sharding.plan import Cell, Fragment, Plan, Round, Route, Stretch
 from lit_symopt.sharding.transport import Pending, Transport
-from lit_symopt.update import direction_to_update, matrices_to_update, piece_size
+from lit_symopt.update import direction_to_update, matrices_to_update
 
 Flats = Mapping[str, Tensor]
 """This rank's stretch of each block: 1-D, in the order of the flattened block."""

@@ -262,7 +262,7 @@ def make_plan(
     Example:
         >>> from lit_symopt.sharding.holdings import Placement
         >>> halves = Placement(name="w", shape=(4, 6), held=((0, 12), (12, 24)))
-        >>> spectral = ("spectral", False, "none", None, 1e-8, 0.0, "auto")
+        >>> spectral = ("spectral", False, "none", None, 1e-8, 0.0, "auto", "auto", None)
         >>> block = Block(placement=halves, role="linear", layout=Layout.matrix(), options=spectral)
         >>> plan = make_plan([block], world=2)
         >>> [(one.route.value, cell.owner) for one in plan.rounds for cell in one.cells]

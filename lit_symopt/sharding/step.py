@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_symopt.elements import apply, directions, masked, update_elements
 from lit_symopt.errors import ConfigError
 from lit_symopt.finite import Refusal
 from lit_symopt.groups import layout_of
+from lit_symopt.member import Member, local_part, subject_of
 from lit_symopt.ranges import EVERYTHING, FINITE, phase
 from lit_symopt.scratch import Arena
 from lit_symopt.sharding.exchange import Exchange
@@ -19,17 +21,7 @@ from lit_symopt.sharding.holdings import Distribution, Holding, Placement
 from lit_symopt.sharding.plan import OPTIONS, Block, Plan, make_plan
 from lit_symopt.sharding.report import PlanReport
 from lit_symopt.sharding.transport import Transport
-from lit_symopt.update import (
-    Member,
-    apply,
-    directions,
-    local_part,
-    masked,
-    subject_of,
-    taken_by_rows,
-    update,
-    update_elements,
-)
+from lit_symopt.update import taken_by_rows, update
 
 Group = dict[str, Any]
 Planned = tuple[Holding, Group]
