@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from time import sleep, time
+from time import time
 from typing import Any, TypeVar
 
 import lightning as L
-import torch.distributed as dist
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -31,6 +30,7 @@ from lit_symopt.models.checkpoint import (
     refuse_another_architecture,
     refuse_another_run,
 )
+from lit_symopt.sharding.transport import end_process_group
 
 _ROLE_OPTION = re.compile(r"(?P<roles>--model\.(init_args\.)?symopt\.roles)\.(?P<role>\w+)\.\w+")
 
@@ -147,16 +147,8 @@ def run(arguments: Sequence[str] | None) -> None:
         parser_kwargs={"prog": "lit-symopt", **usages},
         trainer_defaults={"callbacks": [_NothingHalfWritten()]},
     )
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # A thread of gloo's that has just finished a collective still has to let go of its tensors, and needs the
-        # interpreter's lock for that. Asking for it while the interpreter ends aborts the process ("terminate called
-        # without an active exception"), so the lock is left to it for a moment.
-        sleep(LEAVE_TO_GLOO)
+    end_process_group()
 
-
-LEAVE_TO_GLOO = 0.2
-"""Seconds before a process ends in which threads of a process group can come to rest."""
 
 CLI = TypeVar("CLI", bound=TrainingCLI)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import sleep
 from typing import Literal
 
 import torch
@@ -11,6 +12,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
+
+REST = 0.2
+"""Seconds in which threads of a process group come to rest."""
+
+
+def end_process_group() -> None:
+    """Ends the process group of this process, if there is one, before the process itself ends.
+
+    A thread of gloo's that has just finished a collective still has to let go of its tensors, and needs the
+    interpreter's lock for that. Asking for it while the interpreter ends aborts the process ("terminate called without
+    an active exception"), also where the group was destroyed while somebody still refers to it. So the lock is left to
+    those threads for a moment.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sleep(REST)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_symopt.errors import SymOptError
+from lit_symopt.sharding.transport import end_process_group
 from lit_symopt.strategies import CPUDeepSpeedStrategy, FSDP2Strategy
 from tests.callbacks.moe import Save, equal, fit, loaders, olmoe
 from tests.callbacks.profiled import kernel_time
@@ -53,9 +54,7 @@ def main(folder: Path, case: str) -> None:
         ended = "trained"
     if rank == 0:
         (folder / "ended").write_text(str(ended))
-    # Left to the end of the process, gloo's threads may abort it: "terminate called without an active exception".
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

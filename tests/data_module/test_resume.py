@@ -195,6 +195,7 @@ TWO_PROCESSES = """
 import sys, torch
 import lightning.pytorch as pl
 from lit_symopt.data import TokenShards
+from lit_symopt.sharding.transport import end_process_group
 
 shard, out = sys.argv[1:]
 
@@ -217,6 +218,7 @@ for steps in (4, 9):
     )
     data = TokenShards(shard, vocab_size=100, sequence_length=2, batch_size=2, seed=7)
     trainer.fit(Recorder(), datamodule=data, ckpt_path=None if steps == 4 else checkpoint.last_model_path)
+end_process_group()
 """
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from lit_symopt.metrics import ExpertLoad, LogitStatistics, RouterStatistics
+from lit_symopt.sharding.transport import end_process_group
 
 EXPERTS = (6, 4)  # layers differ: states are padded
 TOP_K = 2
@@ -63,4 +64,4 @@ def _work(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     torch.save(measure(data()[rank::world_size]), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    end_process_group()

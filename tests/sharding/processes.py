@@ -40,6 +40,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from lit_symopt.sharding.transport import end_process_group
+
 ROOT = Path(__file__).parents[2]
 SHOWN = 4000  # characters of a failed rank's output
 
@@ -273,8 +275,7 @@ def _serve(pipe: Connection[Any, Any], store: str, timeout: float) -> None:
             answer = pickle.dumps((traceback.format_exc(), None))
         sys.stdout.flush()
         pipe.send_bytes(answer)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_process_group()
 
 
 class _WithoutSharedMemory(MetaPathFinder):
