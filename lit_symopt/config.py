@@ -131,7 +131,8 @@ class SymOptConfig:
             but for the package, whole steps of `row_norm` in float32; what else there is in a model is computed as
             `eager` does it (`SymOpt.explain` says which), but a backend that cannot run on the device is an error.
         scratch: MiB that a step may borrow for intermediates on each device; larger batches are cut. Default: 256, or
-            one matrix where that is more.
+            one matrix where that is more; on a CPU what fits its cache, where that is faster. What the backends
+            `compile` and `gram-newton-schulz` need in between is not counted: it is torch's allocator's.
         capturable: make steps that a CUDA graph can capture, see `lit_symopt.capture`: rates become tensors on the
             device, and an error for a non-finite gradient that a replayed step met waits for `SymOpt.check`.
 
