@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
+STUDY ?= configs/studies/reduced.yaml
 JOBS ?= 2
 
 run := $(VENV)/bin
@@ -12,12 +13,13 @@ pip := $(run)/python -m pip install --disable-pip-version-check --constraint con
 # Two test processes with one thread each: many small tensors gain nothing from more. A file stays in one process.
 pytest := OMP_NUM_THREADS=1 $(run)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: help train profile compare test test-all parity dev lint clean
+.PHONY: help train profile compare study test test-all parity dev lint clean
 
 help:
 	@echo "make train     train the quick start recipe (CONFIG=..., ARGS='--trainer.max_steps 100')"
 	@echo "make profile   print what each update of a recipe costs, and write a record (CONFIG=..., ARGS='--against adamw,muon')"
 	@echo "make compare   print the comparison of stacks on the quick start recipe, after the runs that are missing"
+	@echo "make study     compare optimizers on several recipes, with a search of rates (STUDY=..., ARGS='--jobs 8')"
 	@echo "make test      run the tests (JOBS=2, ARGS='tests/rules')"
 	@echo "make test-all  run the slow tests too, and those for a GPU where there is one"
 	@echo "make parity    compare every strategy with one process, and write the record (ten minutes)"
@@ -33,6 +35,9 @@ profile: $(VENV)/.train-installed
 
 compare: $(VENV)/.train-installed
 	$(run)/python profiles/quickstart_comparison.py
+
+study: $(VENV)/.study-installed
+	$(run)/lit-symopt study --config $(STUDY) $(ARGS)
 
 test: $(VENV)/.dev-installed
 	$(pytest) $(ARGS)
@@ -67,6 +72,10 @@ $(VENV)/.torch-installed: constraints.txt
 
 $(VENV)/.train-installed: pyproject.toml $(VENV)/.torch-installed
 	$(pip) --editable .
+	touch $@
+
+$(VENV)/.study-installed: pyproject.toml $(VENV)/.torch-installed
+	$(pip) --editable ".[study]"
 	touch $@
 
 $(VENV)/.dev-installed: pyproject.toml $(VENV)/.torch-installed

@@ -27,6 +27,8 @@ commands:
              against other stacks: lit-symopt profile --config configs/quickstart.yaml --against adamw,muon
   profile-compare  what became slower:  lit-symopt profile-compare RECORD_A RECORD_B
   bench      cost of a step alone: lit-symopt bench --shapes qwen3_scaled --stack muon --against torch_muon,adamw
+  study      compare optimizers:   lit-symopt study --config configs/studies/reduced.yaml
+             report of its runs:   lit-symopt study --config configs/studies/reduced.yaml --report
   export     weights for transformers:  lit-symopt export CHECKPOINT FOLDER
   checkpoint move between strategies:   lit-symopt checkpoint consolidate SRC DST, lit-symopt checkpoint info SRC
   data       token shards:         lit-symopt data convert ..., lit-symopt data info SHARD
@@ -45,7 +47,8 @@ WRONG_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 1 if an audit failed, or a profile became slower; 2 for input that is wrong, with one `error:` message.
+    0; 1 if an audit failed, a profile became slower, or runs of a study failed; 2 for input that is wrong, with one
+    `error:` message.
 
     Args:
         argv: the arguments after the program's name; default: those of this process.
@@ -80,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lit_symopt.bench.command import run as run_bench
 
             return run_bench(arguments[1:])
+        elif command == "study":
+            from lit_symopt.study.command import run as run_study
+
+            return run_study(arguments[1:])
         elif command == "export":
             _export(arguments[1:])
         elif command == "checkpoint":
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _data(arguments[1:])
         else:
             known = ", ".join(
-                (*TRAINING, "export", "checkpoint", "data", "audit", "profile", "profile-compare", "bench")
+                (*TRAINING, "export", "checkpoint", "data", "audit", "profile", "profile-compare", "bench", "study")
             )
             return _complain(f"there is no command {command!r}; the commands are {known} (lit-symopt --help)")
     except SymOptError as error:

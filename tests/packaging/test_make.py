@@ -64,6 +64,12 @@ def test_nothing_is_installed_again_until_a_requirement_changes(tree: Path, stan
     assert run("make", "train", tree=tree, stand_in=stand_in) == (0, [f"{INSTALL} --editable .", train])
 
 
+def test_make_study_installs_its_extra_and_runs_the_reduced_study(tree: Path, stand_in: Path) -> None:
+    _, calls = run("make", "study", "ARGS=--jobs 3", tree=tree, stand_in=stand_in)
+    study = "lit-symopt study --config configs/studies/reduced.yaml --jobs 3"
+    assert calls[-2:] == [f"{INSTALL} --editable .[study]", study]
+
+
 def test_make_test_uses_the_environment_it_is_given(tree: Path, stand_in: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     code, calls = run("make", "test", f"VENV={there}", tree=tree, stand_in=stand_in)
