@@ -89,7 +89,7 @@ class Run:
             "trainer.enable_progress_bar": False,
             "trainer.enable_model_summary": False,
             "trainer.logger": False,
-            "trainer.callbacks": [*study.callbacks],
+            "trainer.callbacks": [*study.callbacks, *family.callbacks],
         }
         if folder is not None:
             own["trainer.default_root_dir"] = str(folder)

@@ -117,11 +117,13 @@ class Family:
         name: in names of runs.
         config: the recipe's file, relative to the working directory.
         set: options over the recipe.
+        callbacks: of its runs, after those of the study.
     """
 
     name: str
     config: str
     set: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"families.{self.name}"
@@ -347,8 +349,13 @@ def short_name(option: str) -> str:
 
 
 def _family(name: str, value: Any) -> Family:
-    entries = {"config": value} if isinstance(value, str) else value
-    return Family(**_mapping(entries, f"families.{name}", Family, name=name))
+    where = f"families.{name}"
+    entries = _mapping({"config": value} if isinstance(value, str) else value, where, Family, name=name)
+    if entries.get("callbacks"):
+        entries["callbacks"] = listed(entries["callbacks"], f"{where}.callbacks")
+    else:
+        entries.pop("callbacks", None)
+    return Family(**entries)
 
 
 def _contender(name: str, value: Any) -> Contender:
