@@ -14,6 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lit_symopt.errors import ConfigError
+from lit_symopt.study.search import JOURNAL
 from lit_symopt.study.spec import Study
 
 STUDIES = Path("runs") / "studies"
@@ -35,6 +36,9 @@ def claimed(study: Study, folder: Path) -> Iterator[None]:
     try:
         with FileLock(folder / LOCK, timeout=0):
             refuse_another(study, folder)
+            # A study that was killed while it wrote leaves Optuna's own lock, for which the next would wait forever.
+            for left in folder.glob(f"{JOURNAL}.lock*"):
+                left.unlink()
             _write(folder / SPEC, yaml.safe_dump(described(study), sort_keys=False, allow_unicode=True))
             yield
     except Timeout:

@@ -217,7 +217,7 @@ def _journal(path: Path, settings: Search) -> BaseStorage:
             with path.open("r+b") as file:
                 file.truncate(len(whole))
     try:
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(JournalFileBackend(str(path.resolve())))
     except (ValueError, KeyError) as error:
         raise ConfigError(
             f"{path} is no journal of Optuna ({error}); remove it: the finished runs are kept, and told again"

@@ -186,7 +186,7 @@ class Study:
         reference: the contender that others are compared with.
         record: logged tags to keep.
         looks: validations during a run.
-        look_batches: batches of each of them.
+        look_batches: batches of each of them, evenly spread over the validation set.
         callbacks: of all runs, as in `trainer.callbacks` of a recipe.
 
     Raises:

@@ -21,20 +21,54 @@ class StudyCLI(TrainingCLI):
     """A command line that keeps tags, and validates on everything after the fit."""
 
     tags: Tags
+    look_batches: int
     loss: float = math.nan
 
     def after_instantiate_classes(self) -> None:
-        """Puts the logger in."""
+        """Puts the logger in, and spreads what is looked at during the fit over the validation set."""
         super().after_instantiate_classes()
         if self.tags.values:
             self.trainer.loggers = [self.tags]
+        whole = self.datamodule.val_dataloader
+        self.datamodule.val_dataloader = lambda: spread(whole(), self.look_batches)
 
     def after_fit(self) -> None:
         """The loss over the whole validation set; the callbacks of the fit have no part in it."""
         trainer: Any = self.trainer
+        del self.datamodule.val_dataloader  # the whole set again
         trainer.limit_val_batches, trainer.callbacks, trainer.loggers = 1.0, [], []
         (found,) = trainer.validate(self.model, datamodule=self.datamodule, verbose=False) or [{}]
         self.loss = float(found.get(LOOK, math.nan))
+
+
+def spread(loader: Any, batches: int) -> Any:
+    """A loader of so many batches, of examples evenly spread over a data set: its first ones need not be typical.
+
+    What is no plain DataLoader over a data set with a length stays as it is, and so does one that has no more batches.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> [batch.tolist() for batch in spread(DataLoader(range(12), batch_size=2), 2)]
+        [[0, 3], [6, 9]]
+    """
+    from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or type(loader.batch_sampler) is not BatchSampler
+        or loader.batch_size is None
+        or len(loader) <= batches
+    ):
+        return loader
+    examples, count = len(loader.dataset), batches * loader.batch_size  # type: ignore[arg-type]  # it has a length
+    return DataLoader(
+        Subset(loader.dataset, [index * examples // count for index in range(count)]),
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+    )
 
 
 def train(run: Run, study: Study, folder: Path, environment: Mapping[str, Any]) -> Result:
@@ -57,6 +91,7 @@ def train(run: Run, study: Study, folder: Path, environment: Mapping[str, Any]) 
 
     class OfThisRun(StudyCLI):
         tags = Tags(study.record, str(folder))
+        look_batches = study.look_batches
 
         def after_instantiate_classes(self) -> None:
             holder.append(self)
