@@ -444,7 +444,7 @@ def test_a_checkpoint_of_another_stack_or_model_is_refused_and_nothing_loaded() 
     train(net, optimizer)
     before = everything(net, optimizer)
     for other, says in (
-        (SymOpt.for_module(Net(), config=SymOptConfig(stack="muon")), r"linear: momentum_kind is 'nesterov' there"),
+        (SymOpt.for_module(Net(), config=SymOptConfig(stack="polargrad")), r"linear: momentum_kind is 'ema' there"),
         (SymOpt.for_module(Net(layers=2)), r"only here \['layers.2.weight'\]"),
         (torch.optim.AdamW(Net().parameters()), r"its groups are \[None\], this optimizer's are \['embedding'"),
     ):
@@ -491,10 +491,10 @@ def test_zero_gradients_move_nothing_but_the_decay(stack: Any) -> None:
 def test_explain_says_what_a_parameter_gets_and_why() -> None:
     optimizer = SymOpt.for_module(Net(), lr=0.01)
     text = optimizer.explain("head.weight")
-    for fragment in ("lm_head", "S_V × O(d)", "row_norm", "12 × 8", "projected off", "arXiv:2605.18106"):
+    for fragment in ("lm_head", "S_V × O(d)", "row_then_spectral", "12 × 8", "projected off", "arXiv:2605.18106"):
         assert fragment in text
-    assert "D(M) M with row damping 0.1" in text
-    assert "W ← (1 − 0.04·0.1) W − 0.04 · 0.566 (scale rms) · U" in text  # four times the base rate; 0.2·√8
+    assert "polar(D(M) M) with row damping 0.1" in text
+    assert "W ← (1 − 0.06·0.1) W − 0.06 · 0.693 (scale rms) · U" in text  # six times the base rate; 0.2·√12
     nuclear = SymOpt([("w", nn.Parameter(torch.eye(2)))], rule="spectral", scale="nuclear", alpha=0.5, radius=3.0)
     assert "− 0.001 · 3 · ⟨M, U⟩^0.5 · U" in nuclear.explain("w")
     with pytest.raises(ConfigError, match=r"'head.wait'; the nearest are 'head.weight'"):

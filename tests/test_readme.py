@@ -140,6 +140,15 @@ def test_the_errors_in_the_readme_are_those_of_the_record() -> None:
     assert shown.strip() == made.strip()
 
 
+def test_the_losses_in_the_readme_are_those_of_the_record() -> None:
+    made = subprocess.run(
+        [sys.executable, "profiles/study_table.py"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    (shown,) = re.findall(r"<!-- study -->\n(.*?)<!-- /study -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown.strip() == made.strip()
+    assert "–" not in made
+
+
 def is_strategy(command: list[str]) -> bool:
     return "checkpoint" in command or any("configs/strategy/" in argument for argument in command)
 

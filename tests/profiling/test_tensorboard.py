@@ -103,7 +103,7 @@ def test_the_table_of_operators_has_the_products_of_the_rules(seen: Seen, span: 
 def test_the_trace_of_every_span_has_the_ranges_of_the_optimizer(seen: Seen) -> None:
     for span in ("1", "2"):
         names = {event.get("name") for event in trace(seen.board, run=TRACES, worker="rank0", span=span)}
-        assert {"symopt/step", "symopt/router/left_spectral/rule", "symopt/lm_head/row_norm/rule"} <= names
+        assert {"symopt/step", "symopt/router/left_spectral/rule", "symopt/lm_head/row_then_spectral/rule"} <= names
         assert {"train/data", "train/forward", "train/backward", "train/optimizer"} <= names
         assert len([name for name in names if str(name).startswith("ProfilerStep#")]) == 2
 
@@ -190,7 +190,7 @@ def test_the_browser_shows_the_table_with_its_cells(seen: Seen, page: Page) -> N
     page.goto(f"{seen.board.url}/#text")
     page.until("all('td').some(cell => visible(cell) && cell.innerText == 'left_spectral')")
     cells = page.evaluate("all('td').filter(visible).map(cell => cell.innerText)")
-    assert {"router", "lm_head", "row_norm", "(unattributed)", "training step (wall)"} <= set(cells)
+    assert {"router", "lm_head", "row_then_spectral", "(unattributed)", "training step (wall)"} <= set(cells)
     assert {"ms/step", "% update", "% step"} <= set(page.evaluate("all('th').filter(visible).map(e => e.innerText)"))
 
 
