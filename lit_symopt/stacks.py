@@ -1,7 +1,8 @@
 """Stacks: one published method each, as a table from role to update, with its source.
 
-Default rates are the best of the comparison on the quickstart recipe (`profiles/records/quickstart-comparison`) where a
-stack took part, else of a coarse scan there; at another size tune them anew.
+Default rates of `symmetric` are those that its study on the tiny recipes started from (`profiles/records/studies`), of
+`muon` and `adamw` the best of a comparison on the quickstart recipe (`profiles/records/quickstart-comparison`), of the
+others those of a coarse scan there; at another size tune them anew.
 
 Weight decay, for every stack: 0.1 on matrices and 0 on vectors (norm gains, biases, sinks), except where the method
 says otherwise (stochastic spectral descent and unconstrained Scion have none).
@@ -201,7 +202,7 @@ def settings_for(block: Block, config: SymOptConfig) -> dict[str, Any]:
 
 
 def _usual(rule: str) -> RoleConfig:
-    """What a rule comes with when a role gets another one than its stack's: the settings of the symmetric stack."""
+    """What a rule comes with when a role gets another one than its stack's: the average that the methods publish."""
     if rule == "adamw":
         return replace(ADAMW, centered=None)
     scale = "none" if get_rule(rule).kind == "coordinate" else "rms"
