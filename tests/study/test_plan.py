@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from lit_symopt.study.spec import Study, from_dict
 from tests.study import made
 from tests.study.trained import PLAIN
 
+RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 LR, EMBEDDING = "model.symopt.lr", "model.symopt.roles.embedding.lr_multiplier"
 
 
@@ -125,3 +127,14 @@ def test_more_trials_repeat_the_final_runs_only_where_the_best_rates_change(tmp_
     for path, when in written.items():
         name = path.parent.name
         assert (path.stat().st_mtime_ns == when) == (before[name] == after[name])
+
+
+def test_a_family_has_callbacks_of_its_own_after_those_of_the_study() -> None:
+    one, other = ({"class_path": f"lit_symopt.callbacks.{name}"} for name in ("LogitNorms", "LoadImbalance"))
+    families = {"two": {"config": str(RECIPE), "callbacks": [other]}, "one": str(RECIPE)}
+    study = plain(families=families, callbacks=[one], contenders={"a": {}}, reference=None, search=None)
+    listed = []
+    for family in ("two", "one"):
+        (run,) = finals(study, family=family, contender="a", rates={})
+        listed.append(json.loads(value(run.arguments(study), "trainer.callbacks")))
+    assert listed == [[one, other], [one]]
