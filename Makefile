@@ -13,12 +13,11 @@ pip := $(run)/python -m pip install --disable-pip-version-check --constraint con
 # Two test processes with one thread each: many small tensors gain nothing from more. A file stays in one process.
 pytest := OMP_NUM_THREADS=1 $(run)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: help train profile compare study test test-all parity dev lint clean
+.PHONY: help train profile study test test-all parity dev lint clean
 
 help:
 	@echo "make train     train the quick start recipe (CONFIG=..., ARGS='--trainer.max_steps 100')"
 	@echo "make profile   print what each update of a recipe costs, and write a record (CONFIG=..., ARGS='--against adamw,muon')"
-	@echo "make compare   print the comparison of stacks on the quick start recipe, after the runs that are missing"
 	@echo "make study     compare optimizers on several recipes, with a search of rates (STUDY=..., ARGS='--jobs 8')"
 	@echo "make test      run the tests (JOBS=2, ARGS='tests/rules')"
 	@echo "make test-all  run the slow tests too, and those for a GPU where there is one"
@@ -32,9 +31,6 @@ train: $(VENV)/.train-installed
 
 profile: $(VENV)/.train-installed
 	$(run)/lit-symopt profile --config $(CONFIG) $(ARGS)
-
-compare: $(VENV)/.train-installed
-	$(run)/python profiles/quickstart_comparison.py
 
 study: $(VENV)/.study-installed
 	$(run)/lit-symopt study --config $(STUDY) $(ARGS)

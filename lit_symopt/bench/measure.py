@@ -20,6 +20,7 @@ from lit_symopt.bench.tensors import Numbers
 from lit_symopt.profiling.ceilings import measure_ceilings
 from lit_symopt.profiling.device import describe
 from lit_symopt.profiling.run import Ceilings
+from lit_symopt.revision import revision
 
 
 def measure(given: Namespace, numbers: Numbers) -> Result:
@@ -90,10 +91,8 @@ def _reached(ceilings: Ceilings, name: str) -> float:
 
 def commit() -> str:
     """Of the package, with `-dirty` if it was changed since; `unknown` outside a git tree."""
-    from lit_symopt.profiling.command import _commit
-
-    found = _commit()
-    return "unknown" if found is None else f"{found['commit'][:12]}{'-dirty' if found['dirty'] else ''}"
+    found = revision()
+    return "unknown" if found is None else f"{found.commit[:12]}{'-dirty' if found.changed else ''}"
 
 
 def _options(given: Namespace) -> dict[str, Any]:

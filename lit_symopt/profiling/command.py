@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_symopt.errors import ConfigError
+from lit_symopt.revision import revision
 
 if TYPE_CHECKING:
     from lit_symopt.profiling.recipe import Recipe
@@ -199,20 +199,8 @@ def _report(
 
 def _commit() -> dict[str, Any] | None:
     """The commit of the package's tree and whether it was changed since; None if git knows no such tree."""
-    package = Path(__file__).parents[1]
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=False)
-        except OSError:  # no git
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # a package inside somebody's tree is not of it
-        return None
-    commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return None if commit is None else {"commit": commit, "dirty": bool(changed)}
+    found = revision()
+    return None if found is None else {"commit": found.commit, "dirty": found.changed}
 
 
 def _versions() -> dict[str, str]:

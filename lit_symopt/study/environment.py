@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from lit_symopt.revision import revision
 
 
 def environment(*, threads: int) -> dict[str, Any]:
@@ -18,25 +18,12 @@ def environment(*, threads: int) -> dict[str, Any]:
     Args:
         threads: of a run.
     """
+    found = revision()
     return {
         "torch": version("torch"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "commit": _commit(Path(__file__).parents[1]),
+        "commit": None if found is None else f"{found.commit[:7]}{'+' if found.changed else ''}",
     }
-
-
-def _commit(package: Path) -> str | None:
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=False)
-        except OSError:  # no git
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # a package inside somebody's tree is not of it
-        return None
-    commit = git("rev-parse", "--short", "HEAD")
-    return f"{commit}+" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
