@@ -41,7 +41,7 @@ class SymOptMixin:
         parameter   shape  role    symmetry     rule      centered  lr
         --------------------------------------------------------------
         net.weight  4×8    linear  O(m) × O(n)  spectral  no        0.003
-        net.bias    4      vector  S_m × 1      adamw     no        0.003
+        net.bias    4      vector  S_m × 1      adamw     no        0.012
     """
 
     symopt: SymOptConfig = SymOptConfig()

@@ -387,7 +387,7 @@ def test_a_saved_state_is_plain_and_loads_whether_capturable_or_not() -> None:
     saved = loaded_from_a_file(optimizer.state_dict())
     rates = [(group["lr"], group["weight_decay"], group["initial_lr"]) for group in saved["param_groups"]]
     assert {type(rate) for three in rates for rate in three} == {float}
-    assert rates[0] == (0.000625, 0.1, 0.0025)  # not 0.10000000149
+    assert rates[0] == (0.00125, 0.1, 0.005)  # not 0.10000000149
     for capturable in (True, False):
         other_net, other = of_stack("symmetric", capturable=capturable)
         other_net.load_state_dict(net.state_dict())

@@ -221,6 +221,12 @@ def blocks_of(family: str, world: int, strategy: str) -> tuple[list[Block], int]
     return blocks, sum(parameter.numel() for parameter in module.parameters())
 
 
+def largest_polar_factor(block: Block) -> int:
+    if block.options[OPTIONS.index("rule")] == "row_norm":
+        return 0
+    return max(part.m * part.n * min(part.m, part.n) for part in block.layout.parts(block.placement.shape))
+
+
 @pytest.mark.parametrize("family", ["Qwen3", "OLMoE"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("world", [2, 8])
@@ -231,7 +237,9 @@ def test_traffic_and_balance_on_the_shapes_of_the_paper(family: str, strategy: s
     busiest = max(sum(by_rank[rank] for by_rank in sent.values()) for rank in range(world))
     limit = {"zero2": 0.2, "zero3": 2.0, "fsdp2": 2.0, "ddp": 4 * world}[strategy]  # in bytes of P/W in fp32
     assert busiest <= limit * 4 * parameters / world
-    assert max(plan.work()) <= 1.1 * sum(plan.work()) / world
+    # Under DDP one rank computes the polar factor of a head, which may be more than an even share.
+    alone = max(largest_polar_factor(block) for block in blocks) if strategy == "ddp" else 0
+    assert max(plan.work()) <= 1.1 * max(sum(plan.work()) / world, alone)
     if strategy != "ddp":  # rows stay where they are; a boundary may cut one, and damping is a scalar
         width = blocks[0].placement.shape[-1]
         assert max(sent["embedding"]) <= 4 * width + 64
