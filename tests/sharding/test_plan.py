@@ -237,9 +237,13 @@ def test_traffic_and_balance_on_the_shapes_of_the_paper(family: str, strategy: s
     busiest = max(sum(by_rank[rank] for by_rank in sent.values()) for rank in range(world))
     limit = {"zero2": 0.2, "zero3": 2.0, "fsdp2": 2.0, "ddp": 4 * world}[strategy]  # in bytes of P/W in fp32
     assert busiest <= limit * 4 * parameters / world
-    # Under DDP one rank computes the polar factor of a head, which may be more than an even share.
-    alone = max(largest_polar_factor(block) for block in blocks) if strategy == "ddp" else 0
-    assert max(plan.work()) <= 1.1 * max(sum(plan.work()) / world, alone)
+    busiest_work, *others = sorted(plan.work(), reverse=True)
+    if strategy == "ddp" and family == "Qwen3" and world == 8:
+        # One rank computes the polar factor of the head, more than an even share: nothing else, and the others share.
+        assert busiest_work <= 1.01 * max(largest_polar_factor(block) for block in blocks)
+        assert max(others) <= 1.1 * sum(others) / len(others)
+    else:
+        assert busiest_work <= 1.1 * sum(plan.work()) / world
     if strategy != "ddp":  # rows stay where they are; a boundary may cut one, and damping is a scalar
         width = blocks[0].placement.shape[-1]
         assert max(sent["embedding"]) <= 4 * width + 64
