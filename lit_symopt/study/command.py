@@ -34,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     from lit_symopt.study.process import is_disk_full
     from lit_symopt.study.running import DiskFullError, Runner, cores
     from lit_symopt.study.spec import load
+    from lit_symopt.study.stop_request import StopRequest
 
     study = load(given.config)
     folder: Path = given.out or STUDIES / study.name
@@ -46,22 +47,23 @@ def run(arguments: Sequence[str]) -> int:
             refuse_another(study, folder)
             _write(study, folder)
             return 0
-        with claimed(study, folder):
+        with claimed(study, folder), StopRequest() as stop:
             from lit_symopt.study.schedule import Schedule
             from lit_symopt.study.search import Searcher
 
             schedule = Schedule(study, folder, Searcher(study, folder))
             runner = Runner(
-                schedule=schedule, jobs=given.jobs or max(1, cores() // given.threads), threads=given.threads
+                schedule=schedule, jobs=given.jobs or max(1, cores() // given.threads), threads=given.threads, stop=stop
             )
             try:
                 runner.run_all()
-            except KeyboardInterrupt as stop:
-                number = stop.args[0] if stop.args else 2
+                if schedule.results:
+                    _write(study, folder)
+                stop.raise_if_made()
+            except KeyboardInterrupt as asked:
+                number = asked.args[0] if asked.args else 2
                 print("interrupted; finished runs are kept: give the same command again to go on", file=sys.stderr)
                 return INTERRUPTED + int(number)
-            if schedule.results:
-                _write(study, folder)
     except OSError as error:
         if is_disk_full(error):
             raise DiskFullError(folder, str(error)) from error

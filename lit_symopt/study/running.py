@@ -6,12 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lit_symopt.errors import SymOptError
@@ -21,6 +17,7 @@ from lit_symopt.study.pool import Pool
 from lit_symopt.study.process import DISK_FULL, LOG, Task
 from lit_symopt.study.result import RESULT, Result
 from lit_symopt.study.schedule import Schedule
+from lit_symopt.study.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -46,6 +43,7 @@ class Runner:
         schedule: of a study.
         jobs: runs at once.
         threads: of each.
+        stop: asked between two steps of the work.
 
     Raises:
         DiskFullError: if a run found no room.
@@ -55,23 +53,28 @@ class Runner:
     schedule: Schedule
     jobs: int
     threads: int
+    stop: StopRequest
     failed: dict[str, str] = field(default_factory=dict)
 
     def run_all(self) -> None:
         """Runs all that is missing; what failed is in `failed`, by name with the end of its log."""
-        with _bar() as bar, _terminable(), Pool(self.jobs) as pool:
+        with _bar() as bar, Pool(self.jobs) as pool:
             total = self.schedule.total
             line = bar.add_task(self.schedule.study.name, total=total, completed=len(self.schedule.results), said="")
             if self.schedule.results:
                 bar.console.print(f"{len(self.schedule.results)} of {total} runs were there already")
             about = environment(threads=self.threads)
             while True:
+                self.stop.raise_if_made()
                 while pool.free and (run := self.schedule.next()) is not None:
                     pool.start(self._task(run, about))
                     self._say(bar, line, pool)
+                    self.stop.raise_if_made()
                 if not pool.running:
                     return
-                for task, code in pool.wait(1.0):
+                ended = pool.wait(1.0)
+                self.stop.raise_if_made()  # a signal to all of the group has ended the runs, too: they did not fail
+                for task, code in ended:
                     self._ended(task, code, bar, total)
                     self._say(bar, line, pool)
 
@@ -128,23 +131,6 @@ def _bar() -> Progress:
         TimeElapsedColumn(),
         console=Console(width=wide),
     )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Makes a request to terminate end the runs, too, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _tail(log: Path) -> str:

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from lit_symopt.cli import main
 from lit_symopt.study.result import Result, read_results
+from lit_symopt.study.stop_request import StopRequest
 from tests.cli.conftest import command
 from tests.study import trained
 
@@ -148,6 +149,39 @@ def test_a_study_that_was_killed_and_stopped_ends_as_one_in_one_piece(whole: Pat
     assert trained.study(folder).returncode == 0
     assert killed.items() <= kept.items() <= trained.results(folder).items()  # none was run again
     assert measured(folder) == measured(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_the_journals_write_stops_the_study_after_it(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trained.write(tmp_path)
+    rename, sent = os.rename, []
+
+    def rename_and_interrupt(source: str, target: str) -> None:
+        rename(source, target)
+        if str(target).endswith(".rename") and not sent:  # Optuna gives its lock up
+            sent.append(target)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(os, "rename", rename_and_interrupt)
+    stopped = trained.study(folder)
+    assert sent
+    assert stopped.returncode == 128 + number
+    assert not list((folder / "out").glob("optuna.journal.lock*"))
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        stop.raise_if_made()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as asked:
+            stop.raise_if_made()
+        assert asked.value.args == (signal.SIGTERM,)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def stop_this_process(folder: Path) -> None:
