@@ -35,7 +35,8 @@ class RoleConfig:
         alpha: exponent of a nuclear scale; only with one.
         eps: AdamW's ε; for row rules a guard against 0/0, relative to the row's largest entry.
         row_damping: δ in `1/(‖Mᵢ‖ + δ·rms of row norms)`.
-        precision: arithmetic of polar factors: `exact`, `fp32`, `bf16` or `auto`.
+        precision: arithmetic of polar factors: `exact`, `fp32`, `tf32`, `bf16`, `fp16` or `auto` (`fp32` on a CPU,
+            `bf16` on an accelerator); the errors of each are in `lit_symopt.linalg.polar`.
         radius: constant factor of the update (Scion's ρ).
         betas: AdamW's β₁ and β₂.
         lr: learning rate of the role, in place of base rate × multiplier.
@@ -158,8 +159,8 @@ class SymOptConfig:
         unknown = [str(role) for role in self.roles if str(role) not in known]
         if unknown:
             raise ConfigError(f"unknown role(s) {', '.join(map(repr, unknown))} in roles; known: {', '.join(known)}")
-        if self.precision not in ("exact", "fp32", "bf16", "auto"):
-            raise ConfigError(f"unknown precision {self.precision!r}; known: 'exact', 'fp32', 'bf16', 'auto'")
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"unknown precision {self.precision!r}; known: {', '.join(get_args(Precision))}")
         check_backend(self.backend)
         check_scratch(self.scratch)
         if self.lr is not None and not self.lr >= 0.0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,6 +12,7 @@ from lit_symopt.blocks import shape_of
 from lit_symopt.capture import require_capturable
 from lit_symopt.errors import ConfigError
 from lit_symopt.layout import Layout
+from lit_symopt.linalg import Precision
 from lit_symopt.rules import get_rule, validate_scale
 
 DEFAULTS: dict[str, Any] = {
@@ -68,7 +69,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
     for beta in group["betas"]:
         _range(where, "betas", beta, low=0.0, below=1.0)
     _choice(where, "momentum_kind", group["momentum_kind"], ("ema", "nesterov"))
-    _choice(where, "precision", group["precision"], ("exact", "fp32", "bf16", "auto"))
+    _choice(where, "precision", group["precision"], get_args(Precision))
     validate_scale(group["scale"], rule=rule, alpha=group["alpha"])
     if group["row_damping"] and not rule.damped:
         raise ConfigError(

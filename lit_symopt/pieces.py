@@ -12,7 +12,8 @@ import torch
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout, Shape
-from lit_symopt.linalg.polar import Precision, method_for, polar_scratch_bytes
+from lit_symopt.linalg.low_precision import is_low_precision, polar_scratch_bytes
+from lit_symopt.linalg.polar import Precision, method_for
 from lit_symopt.member import Member
 from lit_symopt.rules.centering import working_dtype
 from lit_symopt.rules.rows import POLAR, SPECTRAL
@@ -99,11 +100,11 @@ def piece_size(
 
 @lru_cache(maxsize=4096)
 def _in_cache(rule: str, precision: Precision, layout: Layout, shape: Shape, dtype: torch.dtype) -> bool:
-    """Whether an update on a CPU is products in bfloat16, which are faster the nearer their factors are."""
+    """Whether an update on a CPU is products in low precision, which are faster the nearer their factors are."""
     if rule not in POLAR:
         return False
     of = partial(method_for, precision, dtype=dtype, device_type="cpu")
-    return any(of(side=min(part.m, part.n)) == "bf16" for part in layout.parts(shape))
+    return any(is_low_precision(of(side=min(part.m, part.n))) for part in layout.parts(shape))
 
 
 def too_small(options: Mapping[str, Any], need: int, shape: Sequence[int], of: str) -> ConfigError:
@@ -153,9 +154,9 @@ def _scratch_bytes(
     for part in layout.parts(shape):
         side, entries = min(part.m, part.n), part.count * part.m * part.n
         method = method_for(precision, dtype=dtype, device_type=device_type, side=side)
-        if method == "bf16":
+        if is_low_precision(method):
             found += entries * dtype.itemsize * (2 if rule in SPECTRAL and not centered else 6)
-            found += part.count * polar_scratch_bytes(part.m, part.n, dtype=dtype)
+            found += part.count * polar_scratch_bytes(part.m, part.n, dtype=dtype, method=method)
         else:
             found += torch.float64.itemsize * (6 * entries + 6 * part.count * side * side)
     return found

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from lit_symopt.linalg.coefficients import MUON_QUINTIC, polar_express
 from lit_symopt.linalg.forms import Form, plain
+from lit_symopt.linalg.low_precision import QUINTICS
 from lit_symopt.linalg.newton_schulz import iterate
-from lit_symopt.linalg.polar import BF16, polar_by
+from lit_symopt.linalg.polar import polar_by
 
 SEED = 20260317
 REPETITIONS = 7
@@ -49,7 +50,7 @@ def iterate_muon(x: Tensor) -> Tensor:
 
 def in_form(form: Form) -> Method:
     """Method `bf16` in a form of one's own choice."""
-    return lambda x: iterate((x / x.abs().amax(dim=(-2, -1), keepdim=True)).bfloat16(), BF16, form=form).float()
+    return lambda x: iterate((x / x.abs().amax(dim=(-2, -1), keepdim=True)).bfloat16(), QUINTICS, form=form).float()
 
 
 METHODS: dict[str, Method] = {
@@ -57,6 +58,8 @@ METHODS: dict[str, Method] = {
     "`fp32`: eigh": lambda x: polar_by("eigh", x),
     "`fp32`: iteration": lambda x: polar_by("iteration", x),
     "`bf16`": lambda x: polar_by("bf16", x),
+    "`fp16`": lambda x: polar_by("fp16", x),
+    "`tf32` (float32 on a CPU)": lambda x: polar_by("tf32", x),
     "`bf16`, form (1, 1, 1, 1, 1)": in_form(plain(5)),
     "`bf16`, form (2, 1, 2)": in_form((2, 1, 2)),
     "`bf16`, form (2, 3) (not used)": in_form((2, 3)),

@@ -18,6 +18,8 @@ from lit_symopt.scratch import MIB, Arena
 RULES: dict[str, dict[str, Any]] = {
     "bf16": {"rule": "spectral", "precision": "bf16", "scale": "rms"},
     "bf16, nesterov": {"rule": "spectral", "precision": "bf16", "momentum_kind": "nesterov", "scale": "spectral"},
+    "fp16": {"rule": "spectral", "precision": "fp16", "scale": "rms"},
+    "tf32": {"rule": "spectral", "precision": "tf32", "scale": "rms"},
     "fp32": {"rule": "spectral", "precision": "fp32"},
     "nuclear": {"rule": "spectral", "precision": "bf16", "scale": "nuclear"},
     "row norm of few features": {"rule": "row_norm", "scale": "nuclear", "momentum": 0.0},
@@ -64,8 +66,20 @@ def test_pieces_change_nothing(shape: str, rule: str, dtype: torch.dtype, monkey
     apart = stepped(size, **options)
     for a, b in zip(together, apart, strict=True):
         # Products of one matrix may round otherwise than those of many, in bfloat16 by 2^-8 of a step.
-        rounded = dtype == torch.bfloat16 or options.get("precision") == "bf16"
+        rounded = dtype == torch.bfloat16 or options.get("precision") in ("bf16", "fp16")
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-2 if rounded else 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["spectral", "row_then_spectral", "spectral_then_row"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "tf32"])
+def test_a_step_in_any_precision_is_the_exact_one_up_to_its_error(rule: str, precision: str) -> None:
+    options: dict[str, Any] = {"rule": rule, "scale": "rms", "count": 3, "steps": 1}
+    exact = stepped((96, 32), precision="exact", **options)
+    found = stepped((96, 32), precision=precision, **options)
+    length = 0.02 * 0.2 * (96 * 32) ** 0.5  # of a step: lr, the scale, all entries
+    bound = {"fp32": 1e-5, "bf16": 0.04}.get(precision, 0.02)
+    for a, b in zip(exact[:3], found[:3], strict=True):
+        assert float((a - b).norm()) <= bound * length
 
 
 def test_a_stack_of_experts_is_cut_between_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +126,8 @@ def test_without_a_bound_a_matrix_may_be_of_any_size() -> None:
     [
         {"rule": "spectral", "precision": "bf16"},
         {"rule": "spectral", "precision": "bf16", "momentum_kind": "nesterov"},
+        {"rule": "spectral", "precision": "fp16"},
+        {"rule": "spectral", "precision": "tf32"},
         {"rule": "spectral", "precision": "fp32"},
         {"rule": "spectral", "centered": True, "precision": "bf16"},
         {"rule": "row_norm", "row_damping": 0.1},

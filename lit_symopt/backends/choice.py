@@ -139,7 +139,7 @@ def takes(
     elif options["rule"] == "row_norm":
         # `exact` and `fp32` promise intermediates in float64.
         part = "row_step"
-        able = dtype == torch.float32 and options["precision"] in ("auto", "bf16")
+        able = dtype == torch.float32 and options["precision"] not in ("exact", "fp32")
         # The norm of a row is at least its largest entry, of which ε is a share: below 1 only zero rows see it.
         able = able and options["scale"] in ANALYTIC_SCALES and options["eps"] <= 1.0
         able = able and not (chosen(backend) == "triton" and longest_row > 1 << 16)

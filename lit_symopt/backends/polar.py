@@ -8,8 +8,8 @@ from torch import Tensor
 from lit_symopt.backends.choice import chosen, require_backend
 from lit_symopt.linalg.execution import Execution
 from lit_symopt.linalg.forms import choose_form
+from lit_symopt.linalg.low_precision import QUINTICS, STEPS, polar_by_quintics
 from lit_symopt.linalg.newton_schulz import PYTORCH, Products
-from lit_symopt.linalg.polar import BF16, polar_bf16
 
 
 def polar_by_backend(x: Tensor, how: Execution) -> Tensor:
@@ -28,7 +28,7 @@ def polar_by_backend(x: Tensor, how: Execution) -> Tensor:
     if backend == "compile":
         from lit_symopt.backends import compiled
 
-        return compiled.polar(x, BF16, form=choose_form(*x.shape[-2:], steps=len(BF16)))
+        return compiled.polar(x, QUINTICS, form=choose_form(*x.shape[-2:], steps=STEPS))
     if backend == "gram-newton-schulz":
         from lit_symopt.backends import package
 
@@ -39,7 +39,7 @@ def polar_by_backend(x: Tensor, how: Execution) -> Tensor:
 
         products = TRITON
     if x.dtype == torch.bfloat16:
-        return polar_bf16(x, products=products, scratch=how.scratch)
+        return polar_by_quintics(x, products=products, scratch=how.scratch)
     result = how.scratch.like(x)
     with how.scratch.lend():
-        return result.copy_(polar_bf16(x, products=products, scratch=how.scratch))
+        return result.copy_(polar_by_quintics(x, products=products, scratch=how.scratch))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lit_symopt.bench.tensors import Numbers
 
 DTYPES = ("float32", "bfloat16")
-PRECISIONS = ("auto", "bf16", "fp32", "exact")
+PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32", "exact")
 BACKENDS = ("auto", "eager", "compile", "triton", "gram-newton-schulz")
 CASES = ("step", "products", "row_norm", "launches")
 

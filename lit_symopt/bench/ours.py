@@ -11,7 +11,7 @@ from lit_symopt.bench.shapes import ShapeList
 from lit_symopt.bench.tensors import Numbers, as_module
 from lit_symopt.config import RoleConfig, StackName, SymOptConfig
 from lit_symopt.linalg import Backend, Precision
-from lit_symopt.linalg.polar import BF16_STEPS
+from lit_symopt.linalg.low_precision import STEPS
 from lit_symopt.rules.rows import POLAR
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def as_contestant(optimizer: SymOpt, *, name: str, about: str = "") -> Contestan
 
 
 def iterations_of(work: tuple[Work, ...]) -> int | None:
-    """Steps of the iteration of `bf16`; `None` where polar factors are decompositions, or there are none."""
-    return BF16_STEPS if any(one.dtype == "bfloat16" and one.rule in POLAR for one in work) else None
+    """Steps of the iteration in low precision; `None` where polar factors are found otherwise, or there are none."""
+    return STEPS if any(one.dtype != "float64" and one.rule in POLAR for one in work) else None
 
 
 def products_of(work: tuple[Work, ...]) -> torch.dtype | None:

@@ -43,8 +43,11 @@ FILTER = 1.5e-6
 SAFETY = 1.01
 """Room for the rounding of bfloat16 above σ = 1 (arXiv:2505.16932, section 3.4)."""
 
-_LEAST = 1e-18
-"""Stands for the norm of a zero matrix; its square does not underflow in float32."""
+_LEAST, _LEAST_HALF = 1e-18, 2.0**-7
+"""Stand for the norm of a zero matrix: the squares of their inverses are numbers of float32, of float16.
+
+In float16 every other norm is larger: that of matrices with a Frobenius norm of 0.5 or more, up to a side of 2²⁴.
+"""
 
 
 class Products(Protocol):
@@ -105,8 +108,8 @@ def iterate(
 ) -> Tensor:
     """Apply `quintics` to the singular values of `x` [..., m, n] through its smaller side, in the dtype of `x`.
 
-    Squares of entries must neither overflow nor vanish. A zero matrix gives zeros, one with an entry that is not finite
-    gives NaN.
+    Squares of entries must neither overflow nor vanish; in float16 let the Frobenius norm be between 0.5 and 1. A zero
+    matrix gives zeros, one with an entry that is not finite gives NaN.
 
     Args:
         x: [..., m, n] of any floating dtype.
@@ -183,7 +186,7 @@ def iterate_from(
     """
     tall = is_tall(x)
     # What is not finite stays so, and a zero matrix stays zero for any finite scale.
-    scale = (norm * SAFETY).clamp_(min=_LEAST).reciprocal_()
+    scale = (norm * SAFETY).clamp_(min=_LEAST_HALF if x.dtype == torch.float16 else _LEAST).reciprocal_()
     gram.mul_(scale.square().to(x.dtype))
     scale = scale.to(x.dtype)
     if form[0] == 1:

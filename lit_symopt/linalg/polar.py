@@ -8,31 +8,33 @@ r"""The polar factor of a batch of matrices, in the precision asked for.
 | `fp32` | `eigh`: the Gram matrix of the smaller side, accumulated and decomposed in float64 | CPU; side ≤ 256 |
 | | `iteration`: the same Gram matrix, nine steps of Polar Express in float64 | accelerators, side > 256 |
 | `bf16` | `bf16`: five steps of Polar Express in bfloat16, on the matrix or in Gram form (`forms`) | everywhere |
+| `fp16` | `fp16`: the same in float16: three more bits and fewer operations (`low_precision`) | slow on a CPU |
+| `tf32` | `tf32`: the same with float32 entries and products by TF32 units | on a CPU products of float32 |
 | `auto` | that of `fp32` on a CPU, `bf16` on an accelerator | |
 
 Errors ‖U - U_ref‖/‖U_ref‖ (Frobenius) against a float64 singular value decomposition of the same float32 matrix, upper
 bounds that the tests check and `profiles/records/polar-accuracy` measures:
 
-| spectrum | exact | fp32 `eigh` | fp32 `iteration` | `bf16` |
-|---|---|---|---|---|
-| Gaussian, m ≥ 2n | 1e-6 | 1e-6 | 1e-5 | 0.04 |
-| Gaussian, square | 1e-6 | 1e-6 | 1e-2: some have a σ below 1e-4 σ₁ | 0.1 |
-| σ log-uniform over 1e2 | 1e-6 | 1e-6 | 1e-5 | 0.06 |
-| σ log-uniform over 1e3 | 1e-6 | 1e-6 | 1e-4 | 0.35 |
-| σ log-uniform over 1e4 | 1e-6 | 1e-6 | 1e-3 | 0.6 |
-| any within [1e-4, 1] | 1e-6 | 1e-6 | 1e-3 | 1 |
-| rank 8 | 1e-6 | 1e-6 | 1e-3 | 1.2: the rounding to bfloat16 fills the null space |
+| spectrum | exact | fp32 `eigh` | fp32 `iteration` | `bf16` | `fp16`, `tf32` |
+|---|---|---|---|---|---|
+| Gaussian, m ≥ 2n | 1e-6 | 1e-6 | 1e-5 | 0.04 | 0.02 |
+| Gaussian, square | 1e-6 | 1e-6 | 1e-2: some have a σ below 1e-4 σ₁ | 0.1 | 0.1 |
+| σ log-uniform over 1e2 | 1e-6 | 1e-6 | 1e-5 | 0.06 | 0.02 |
+| σ log-uniform over 1e3 | 1e-6 | 1e-6 | 1e-4 | 0.35 | 0.3 |
+| σ log-uniform over 1e4 | 1e-6 | 1e-6 | 1e-3 | 0.6 | 0.6 |
+| any within [1e-4, 1] | 1e-6 | 1e-6 | 1e-3 | 1 | 1 |
+| rank 8 | 1e-6 | 1e-6 | 1e-3 | 1.2: the rounding to bfloat16 fills the null space | 0.2 |
 
 `auto` has the errors of `eigh` on a CPU, because there it is not only more accurate but also faster than a float32
-iteration on the matrix (see the record), and those of `bf16` on an accelerator. In `bf16` the directions with
-σ ≥ 1e-2 σ₁ come out with singular values in [0.8, 1.05]; smaller ones come out smaller, which is why the error grows
-with the spread.
+iteration on the matrix (see the record), and those of `bf16` on an accelerator. After five steps the directions
+with σ ≥ 1e-2 σ₁ come out with singular values in [0.8, 1.05] (`fp16`, `tf32`: [0.95, 1.02]); smaller ones come out
+smaller, which is why the error grows with the spread.
 
 Of a matrix whose rows lie in several places the same Gram matrix is added up, and every place multiplies its rows by
 the root: `eigh` and `iteration` can do that, where the smaller side are the columns.
 
-There is no float32 matrix product in any of these methods, so TF32 cannot enter a Gram matrix. Only `svd` and `eigh`
-synchronize with the host on an accelerator.
+There is no float32 matrix product in any method but `tf32`, so TF32 enters only where it is asked for. Only `svd` and
+`eigh` synchronize with the host on an accelerator.
 """
 
 from __future__ import annotations
@@ -43,42 +45,21 @@ import torch
 from torch import Tensor
 
 from lit_symopt.errors import ConfigError
-from lit_symopt.linalg.coefficients import polar_express
 from lit_symopt.linalg.decompose import inverse_root_eigh, inverse_root_svd
 from lit_symopt.linalg.execution import EAGER, Execution
-from lit_symopt.linalg.forms import choose_form
-from lit_symopt.linalg.newton_schulz import (
-    PYTORCH,
-    Products,
-    gram_and_norm,
-    gram_buffer,
-    inverse_root_iteration,
-    iterate_from,
-    scratch_bytes,
-)
+from lit_symopt.linalg.low_precision import DTYPES, LowPrecision, is_low_precision, peak, polar_by_quintics
+from lit_symopt.linalg.newton_schulz import inverse_root_iteration
 from lit_symopt.linalg.rows import WHOLE, Rows
-from lit_symopt.scratch import FRESH, Scratch
+from lit_symopt.scratch import Scratch
 
-Precision = Literal["exact", "fp32", "bf16", "auto"]
-Method = Literal["svd", "eigh", "iteration", "bf16"]
+Precision = Literal["exact", "fp32", "tf32", "bf16", "fp16", "auto"]
+Method = Literal["svd", "eigh", "iteration", "tf32", "bf16", "fp16"]
 
 GRAM_METHODS: tuple[Method, ...] = ("eigh", "iteration")
 """The methods that look at the Gram matrix alone, and so work on row shards."""
 
 DECOMPOSE_UP_TO = 256
 """Side of the largest Gram matrix that is decomposed on an accelerator, where decompositions are slow."""
-
-# Five steps as in Muon. The Schatten-4 norm that `iterate` starts from is up to n^{1/4} times closer to σ₁ than the
-# Frobenius norm, so a larger lower bound than the published 1e-3 reaches as far down, and converges.
-# The safety is what bfloat16 needs, the Gram form most of all (see `forms`).
-BF16_STEPS = 5
-BF16 = polar_express(lower=3e-3, steps=BF16_STEPS, cushion=0.1, safety=1.08)
-"""The quintics of method `bf16`, in either form."""
-
-_TRUSTED = 2.0**-22, 2.0**22
-"""Between these Schatten-4 norms no square that matters over- or underflows in the range of float32 exponents."""
-_EXPONENT = 0x7F800000
-"""The bits of a float32 number that hold its exponent."""
 
 
 @torch.no_grad()
@@ -100,12 +81,13 @@ def polar(
         as_dtype: compute `x` as if it were of this dtype. A float64 intermediate that stems from float32 data needs the
             promises of float32 only.
         rows: where the rows of each matrix lie. Shards exchange the upper triangle of one Gram matrix.
-        how: by whose kernels and in whose memory `bf16` is computed; the result may lie in memory that it lends.
+        how: by whose kernels `bf16`, and in whose memory it, `fp16` and `tf32` are computed; the result may lie in
+            memory that it lends.
 
     Raises:
         ConfigError: for an unknown precision, for what is not a batch of real matrices, and for row shards of which a
-            Gram matrix is not enough: `exact` and `bf16` need the whole matrix, and so does one with more columns than
-            rows.
+            Gram matrix is not enough: all precisions but `fp32`, and `auto` on a CPU, need the whole matrix, and so
+            does one with more columns than rows.
 
     >>> polar(torch.tensor([[0.0, 1e-20], [-3e-21, 0.0]]))
     tensor([[ 0.,  1.],
@@ -130,7 +112,9 @@ def method_for(precision: Precision, *, dtype: torch.dtype, device_type: str, si
         raise ConfigError(f"precision {precision!r} is not known; choose one of {', '.join(get_args(Precision))}")
     if precision == "exact" or dtype == torch.float64:
         return "svd"
-    if precision == "bf16" or (precision == "auto" and device_type != "cpu"):
+    if is_low_precision(precision):
+        return precision
+    if precision == "auto" and device_type != "cpu":
         return "bf16"
     return "eigh" if device_type == "cpu" or side <= DECOMPOSE_UP_TO else "iteration"
 
@@ -144,12 +128,12 @@ def polar_by(method: Method, x: Tensor, *, rows: Rows = WHOLE, how: Execution = 
         return torch.empty_like(x)
     if not rows.whole:
         return _polar_of_shards(method, x, rows)
-    if method == "bf16":
-        if how.backend not in ("auto", "eager"):
-            from lit_symopt.backends.polar import polar_by_backend  # which imports this module
+    if method == "bf16" and how.backend not in ("auto", "eager"):
+        from lit_symopt.backends.polar import polar_by_backend
 
-            return polar_by_backend(x, how)
-        return _polar_by_iteration(x, how.scratch)
+        return polar_by_backend(x, how)
+    if is_low_precision(method):
+        return _polar_by_quintics(method, x, how.scratch)
     if x.shape[-2] < x.shape[-1]:
         return _polar_of_tall(method, x.mT).mT.contiguous()
     return _polar_of_tall(method, x)
@@ -184,90 +168,17 @@ def _polar_of_shards(method: Method, x: Tensor, rows: Rows) -> Tensor:
     return rows.keep(torch.where(finite, work / unit.sqrt() @ root, torch.nan).to(x.dtype))
 
 
-@torch.no_grad()
-def polar_bf16(
-    x: Tensor, *, products: Products = PYTORCH, scratch: Scratch = FRESH, out: Tensor | None = None
-) -> Tensor:
-    """The polar factor of each matrix of `x` [..., m, n] as method `bf16` computes it, in bfloat16, contiguous.
-
-    On a CPU, where asking costs nothing, entries are scaled only if a norm other than zero says that they must be:
-    bfloat16 has the exponents of float32, and a power of two changes no digit.
-
-    Args:
-        x: real matrices, none of them empty, of any floating dtype and any strides; not written.
-        products: by whose kernels.
-        scratch: where `polar_scratch_bytes` a matrix are borrowed, the result among them without `out`.
-        out: contiguous bfloat16 of the shape of `x`, sharing no memory with it; the result is written there.
-    """
-    work = scratch.like(x, torch.bfloat16)
-    batch = work.view(-1, *x.shape[-2:])
-    gram = gram_buffer(batch, scratch)
-    if x.device.type == "cpu":
-        work.copy_(x)
-        norm = gram_and_norm(batch, gram, products)
-        low, high = norm.aminmax()
-        if not (_TRUSTED[0] <= float(low) and float(high) <= _TRUSTED[1]):  # NaN is neither
-            trusted = (norm >= _TRUSTED[0]) & (norm <= _TRUSTED[1])
-            if not bool((trusted | (_peak(x).view_as(norm) == 0)).all()):
-                _scale_into(work, x)
-                norm = gram_and_norm(batch, gram, products)
-    else:
-        _scale_into(work, x)
-        norm = gram_and_norm(batch, gram, products)
-    # Products carry what is not finite into every entry.
-    return iterate_from(
-        batch,
-        gram,
-        norm,
-        BF16,
-        form=choose_form(*x.shape[-2:], steps=BF16_STEPS),
-        products=products,
-        scratch=scratch,
-        out=None if out is None else out.view(batch.shape),
-    ).view(x.shape)
-
-
-def polar_scratch_bytes(m: int, n: int, *, dtype: torch.dtype, out: bool = False) -> int:
-    """Bytes of scratch that method `bf16` borrows for a matrix m x n.
-
-    Args:
-        m, n: of the matrix.
-        dtype: of the result: bfloat16 for `polar_bf16`, any other for `polar`, which converts it.
-        out: whether the result has memory of its own.
-
-    Example:
-        >>> polar_scratch_bytes(512, 256, dtype=torch.bfloat16, out=True) == 2 * (512 * 256 + 3 * 256 * 256)
-        True
-    """
-    form = choose_form(m, n, steps=BF16_STEPS)
-    direct = dtype == torch.bfloat16
-    result = 0 if out or direct else m * n * dtype.itemsize
-    return result + 2 * m * n + scratch_bytes(m, n, form=form, overwrite=True, out=out and direct)
-
-
-def _polar_by_iteration(x: Tensor, scratch: Scratch) -> Tensor:
-    if x.dtype == torch.bfloat16:
-        return polar_bf16(x, scratch=scratch)
+def _polar_by_quintics(method: LowPrecision, x: Tensor, scratch: Scratch) -> Tensor:
+    if x.dtype == DTYPES[method]:
+        return polar_by_quintics(x, method=method, scratch=scratch)
     result = scratch.like(x)
     with scratch.lend():
-        return result.copy_(polar_bf16(x, scratch=scratch))
-
-
-def _scale_into(work: Tensor, x: Tensor) -> None:
-    """Each matrix of `x` divided by the power of two at or below its largest entry, in the dtype of `work`."""
-    # Whatever is not finite has the exponent of infinity, which makes NaN of it; zeros and the denormal have none.
-    unit = (_peak(x).float().view(torch.int32) & _EXPONENT).view(torch.float32)
-    torch.div(x, unit.clamp_(min=torch.finfo(torch.float32).tiny), out=work)
-
-
-def _peak(x: Tensor) -> Tensor:
-    """The largest entry of each matrix of [..., m, n], without its sign: [..., 1, 1]."""
-    return torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
+        return result.copy_(polar_by_quintics(x, method=method, scratch=scratch))
 
 
 def _polar_of_tall(method: Method, x: Tensor) -> Tensor:
-    work, peak = _safe(x.to(torch.float64))
-    finite = peak.isfinite()
+    work, largest = _safe(x.to(torch.float64))
+    finite = largest.isfinite()
     work = torch.where(finite, work, 0)  # decompositions refuse it
     if method == "svd":
         u = work @ inverse_root_svd(work)
@@ -284,5 +195,5 @@ def _safe(work: Tensor) -> tuple[Tensor, Tensor]:
     It rounds, where a power of two would not, but at the working precision, which has digits to spare, and it needs no
     care for exponents out of range.
     """
-    peak = _peak(work)
-    return work / torch.where(peak > 0, peak, 1), peak
+    largest = peak(work)
+    return work / torch.where(largest > 0, largest, 1), largest

@@ -1,7 +1,8 @@
 """What this machine reaches at best: a large matrix product in each dtype, and a large copy.
 
 The ceiling is the best of several repetitions after a warm-up, since whatever disturbs a measurement only makes it
-slower; the spread is the highest over the lowest. Products of float32 are measured without TF32, which no update uses.
+slower; the spread is the highest over the lowest. Products of float32 are measured without TF32, so that a
+polar factor in precision `tf32` may reach more than their ceiling.
 Decompositions have no ceiling of their own: they are held against that of the products and stay far below it.
 """
 

@@ -35,8 +35,9 @@ from typing import Any
 import torch
 
 from lit_symopt.linalg.forms import choose_form, form_operations
+from lit_symopt.linalg.low_precision import DTYPES, STEPS
 from lit_symopt.linalg.newton_schulz import GRAM_STEPS
-from lit_symopt.linalg.polar import BF16_STEPS, Method, method_for
+from lit_symopt.linalg.polar import Method, method_for
 from lit_symopt.rules import get_rule
 from lit_symopt.rules.centering import working_dtype
 from lit_symopt.rules.rows import POLAR
@@ -92,8 +93,8 @@ def polar_operations(method: Method, *, m: int, n: int, count: int = 1, rows: in
     """
     long, n = (max(m, n), min(m, n)) if rows is None else (rows, n)
     by_rows, cube = float(2 * long * n * n), float(n**3)
-    if method == "bf16":
-        form = choose_form(long, n, steps=BF16_STEPS)
+    if method in DTYPES:
+        form = choose_form(long, n, steps=STEPS, dtype=DTYPES[method])
         return Operations(products=float(count * form_operations(form, m=long, n=n)))
     if method == "iteration":
         in_gram = 4 + 8 * GRAM_STEPS + 4
@@ -172,4 +173,4 @@ def compute_dtype(options: Mapping[str, Any], *, side: int, dtype: torch.dtype, 
     if options["rule"] not in POLAR:
         return working_dtype(dtype, options["precision"])
     method = method_for(options["precision"], dtype=dtype, device_type=device_type, side=side)
-    return torch.bfloat16 if method == "bf16" else torch.float64
+    return DTYPES.get(method, torch.float64)

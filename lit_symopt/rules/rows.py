@@ -25,6 +25,7 @@ import torch
 
 from lit_symopt.errors import ConfigError
 from lit_symopt.linalg import WHOLE, Precision, Rows, RowShards
+from lit_symopt.linalg.low_precision import DTYPES
 from lit_symopt.rules.centering import passes_on_shards
 from lit_symopt.rules.registry import get_rule
 from lit_symopt.rules.rule import Scale
@@ -69,7 +70,7 @@ def payload(
     rule = get_rule(rule_name)
     validate_scale(scale, rule=rule)
     polar = rule_name in POLAR
-    if polar and (precision in ("exact", "bf16") or dtype == torch.float64):
+    if polar and (precision in ("exact", *DTYPES) or dtype == torch.float64):
         raise ConfigError(
             f"rule {rule_name!r} in precision {precision!r} on {dtype} needs whole matrices, not row shards; "
             f"choose precision 'fp32' on float32, or put the matrices together"

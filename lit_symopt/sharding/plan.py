@@ -35,7 +35,7 @@ OPTIONS = ("rule", "centered", "scale", "alpha", "eps", "row_damping", "precisio
 """What decides an update besides layout and shape: these keys of a group."""
 
 SHARE_FROM = 256
-"""Smaller side from which copies of a matrix share a polar factor in bf16.
+"""Smaller side from which copies of a matrix share a polar factor in bf16 or fp16.
 
 Five steps of Polar Express take about 30·m·n·side operations and sending the update 4·m·n bytes: at 4e14 operations and
 1e11 to 4e11 bytes a second (an H100 with InfiniBand or NVLink) the two are level at a side of 130 to 530. An estimate
@@ -362,7 +362,7 @@ def _pays_to_share(block: Block, cell: Cell, device_type: str) -> bool:
     for part in cell.layout.parts(cell.shape):
         side = min(part.m, part.n)
         method = method_for(options["precision"], dtype=block.dtype, device_type=device_type, side=side)
-        if method != "bf16" or side >= SHARE_FROM:
+        if method not in ("bf16", "fp16") or side >= SHARE_FROM:
             return True
     return False
 

@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 from lit_symopt.backends.compiled import polar, rates, row_step
 from lit_symopt.backends.graphs import Graphs, pattern
 from lit_symopt.linalg.forms import plain
+from lit_symopt.linalg.low_precision import QUINTICS
 from lit_symopt.linalg.newton_schulz import iterate
-from lit_symopt.linalg.polar import BF16 as QUINTICS
 from lit_symopt.row_step import row_step as eager_row_step
 from tests.matrices import generator
 

@@ -13,8 +13,8 @@ from lit_symopt.backends.polar import polar_by_backend
 from lit_symopt.backends.rows import row_step_by_backend
 from lit_symopt.errors import ConfigError
 from lit_symopt.linalg.execution import Execution
+from lit_symopt.linalg.low_precision import QUINTICS
 from lit_symopt.linalg.newton_schulz import PYTORCH, iterate
-from lit_symopt.linalg.polar import BF16
 from lit_symopt.scratch import Arena
 from tests.matrices import generator
 from tests.triton_places import NEEDS_TRITON, Run
@@ -64,7 +64,7 @@ def test_the_three_products_are_those_of_float64(on: Run, shape: tuple[int, ...]
 
 def iterations(shape: tuple[int, ...], form: Any, device: str) -> float:
     x = torch.randn(shape, generator=generator(1)).to(device, torch.bfloat16)
-    found, eager = (iterate(x, BF16, form=form, products=products).double() for products in (TRITON, PYTORCH))
+    found, eager = (iterate(x, QUINTICS, form=form, products=products).double() for products in (TRITON, PYTORCH))
     return float((found - eager).norm() / eager.norm())
 
 

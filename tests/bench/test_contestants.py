@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,11 +13,13 @@ from torch import nn
 from lit_symopt import SymOpt, SymOptConfig
 from lit_symopt.bench.accuracy import Range, checked_shapes, range_of, range_of_opponent, range_of_ours
 from lit_symopt.bench.cases import steps
+from lit_symopt.bench.command import PRECISIONS
 from lit_symopt.bench.opponents import DECAY, Opponent, opponents
 from lit_symopt.bench.ours import as_contestant, symopt
 from lit_symopt.bench.shapes import ShapeList, shape_list
 from lit_symopt.bench.tensors import Numbers, as_module, cut, is_hidden
 from lit_symopt.errors import ConfigError
+from lit_symopt.linalg import Precision
 from tests.cli.test_recipes import CONFIGS, build, parse
 
 NUMBERS = Numbers()
@@ -207,6 +209,7 @@ def test_iterations_are_said_where_there_are_some() -> None:
     shapes = shape_list("qwen3_tiny", layers=1)
     said = {
         precision: as_contestant(symopt(shapes, NUMBERS, stack="muon", precision=precision), name="").iterations
-        for precision in ("bf16", "exact")
+        for precision in PRECISIONS
     }
-    assert said == {"bf16": 5, "exact": None}
+    assert said == {"bf16": 5, "fp16": 5, "tf32": 5, "auto": None, "fp32": None, "exact": None}
+    assert sorted(said) == sorted(get_args(Precision))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lit_symopt.errors import ConfigError
 from lit_symopt.linalg import Execution, Precision, inverse_root, polar
-from lit_symopt.linalg.polar import Method, method_for, polar_bf16, polar_by
+from lit_symopt.linalg.low_precision import DTYPES, LowPrecision, polar_by_quintics, tf32_allowed
+from lit_symopt.linalg.polar import Method, method_for, polar_by
 from lit_symopt.scratch import Arena
 from tests.matrices import (
     PROPERTY,
@@ -26,7 +28,8 @@ from tests.matrices import (
 )
 
 FP32_METHODS: list[Method] = ["eigh", "iteration"]
-PRECISIONS: list[Precision] = ["exact", "fp32", "bf16", "auto"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+LOW: tuple[LowPrecision, ...] = get_args(LowPrecision)
 
 
 def nasty(k: int) -> dict[str, Tensor]:
@@ -127,16 +130,16 @@ def test_the_rounding_of_an_accumulated_momentum_does_not_come_back_as_a_directi
 
 # ---- the documented errors
 
-METHODS: tuple[Method, ...] = ("svd", "eigh", "iteration", "bf16")
+METHODS: tuple[Method, ...] = ("svd", "eigh", "iteration", "bf16", "fp16", "tf32")
 TABLE = {  # as in the docstring of lit_symopt.linalg.polar
-    "Gaussian, m >= 2 n": (1e-6, 1e-6, 1e-5, 0.04),
-    "Gaussian, square": (1e-6, 1e-6, 1e-2, 0.1),
-    "log-uniform over 1e2": (1e-6, 1e-6, 1e-5, 0.06),
-    "log-uniform over 1e3": (1e-6, 1e-6, 1e-4, 0.35),
-    "log-uniform over 1e4": (1e-6, 1e-6, 1e-3, 0.6),
-    "a single one and 1e-4": (1e-6, 1e-6, 1e-3, 1.0),
-    "ones and a single 1e-4": (1e-6, 1e-6, 1e-3, 1.0),
-    "rank 8": (1e-6, 1e-6, 1e-3, 1.2),
+    "Gaussian, m >= 2 n": (1e-6, 1e-6, 1e-5, 0.04, 0.02, 0.02),
+    "Gaussian, square": (1e-6, 1e-6, 1e-2, 0.1, 0.1, 0.1),
+    "log-uniform over 1e2": (1e-6, 1e-6, 1e-5, 0.06, 0.02, 0.02),
+    "log-uniform over 1e3": (1e-6, 1e-6, 1e-4, 0.35, 0.3, 0.3),
+    "log-uniform over 1e4": (1e-6, 1e-6, 1e-3, 0.6, 0.6, 0.6),
+    "a single one and 1e-4": (1e-6, 1e-6, 1e-3, 1.0, 1.0, 1.0),
+    "ones and a single 1e-4": (1e-6, 1e-6, 1e-3, 1.0, 1.0, 1.0),
+    "rank 8": (1e-6, 1e-6, 1e-3, 1.2, 0.2, 0.2),
 }
 
 
@@ -161,14 +164,19 @@ def test_every_method_stays_within_the_documented_error(spectrum: str, m: int, n
         assert relative_error(polar_by(method, x), reference) <= bound, method
 
 
+@pytest.mark.parametrize(
+    ("precision", "low", "high"), [("bf16", 0.8, 1.05), ("fp16", 0.95, 1.02), ("tf32", 0.95, 1.02)]
+)
 @pytest.mark.parametrize("spectrum", TABLE)
-def test_bf16_brings_large_singular_values_close_to_one(spectrum: str) -> None:
+def test_low_precision_brings_large_singular_values_close_to_one(
+    spectrum: str, precision: Precision, low: float, high: float
+) -> None:
     x = documented(spectrum, 256, 128)
-    u = polar(x, precision="bf16").double()
+    u = polar(x, precision=precision).double()
     v, sigma, wh = torch.linalg.svd(x.double(), full_matrices=False)
     gains = (v.mT @ u @ wh.mT).diagonal()
-    assert float(gains[sigma >= 1e-2 * sigma[0]].min()) >= 0.8
-    assert float(torch.linalg.svdvals(u).max()) <= 1.05
+    assert float(gains[sigma >= 1e-2 * sigma[0]].min()) >= low
+    assert float(torch.linalg.svdvals(u).max()) <= high
 
 
 def test_auto_is_fp32_on_a_cpu() -> None:
@@ -187,6 +195,9 @@ def test_auto_is_fp32_on_a_cpu() -> None:
         ("fp32", torch.float64, "cuda", 257, "svd"),
         ("exact", torch.bfloat16, "cuda", 257, "svd"),
         ("bf16", torch.float32, "cpu", 64, "bf16"),
+        ("fp16", torch.float32, "cuda", 64, "fp16"),
+        ("tf32", torch.bfloat16, "cpu", 64, "tf32"),
+        ("tf32", torch.float64, "cuda", 64, "svd"),
     ],
 )
 def test_the_method_is_a_function_of_precision_dtype_device_and_shape(
@@ -222,7 +233,11 @@ def test_large_matrices_commute_with_rotations_of_both_sides(method: Method, ran
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_polar_of_the_transpose_is_the_transpose(precision: Precision) -> None:
     x = torch.randn(20, 12, generator=generator(0))
-    assert torch.equal(polar(x.mT, precision=precision), polar(x, precision=precision).mT)
+    found, expected = polar(x.mT, precision=precision), polar(x, precision=precision).mT
+    if precision == "tf32":  # products of float32 add up in another order
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -230,7 +245,7 @@ def test_polar_of_the_transpose_is_the_transpose(precision: Precision) -> None:
 def test_polar_does_not_see_the_scale(precision: Precision, exponent: int) -> None:
     x = torch.randn(20, 12, generator=generator(0))
     scaled = (x.double() * 10.0**exponent).float()
-    tolerance = 0.02 if precision == "bf16" else 1e-5  # the rounding of bfloat16 depends on all digits
+    tolerance = {"bf16": 0.02, "fp16": 3e-3}.get(precision, 1e-5)  # the rounding to them depends on all digits
     assert relative_error(polar(scaled, precision=precision), polar(x, precision=precision)) <= tolerance
     exact_scale = 2.0 ** (3 * exponent)  # powers of two leave no trace
     assert torch.equal(polar(x * exact_scale, precision=precision), polar(x, precision=precision))
@@ -245,77 +260,110 @@ def test_bfloat16_matrices_times_a_power_of_two_have_the_same_polar_factor(expon
         assert torch.equal(u, polar(x, precision=precision))
 
 
+@pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize("shape", [(5, 90, 70), (5, 70, 160), (5, 12, 12)])
-def test_bf16_scales_by_powers_of_two_and_each_matrix_alone(shape: tuple[int, ...]) -> None:
+def test_low_precision_scales_by_powers_of_two_and_each_matrix_alone(
+    shape: tuple[int, ...], precision: LowPrecision
+) -> None:
     x = torch.randn(shape, generator=generator(0))
-    alike = polar(x, precision="bf16")
+    alike = polar(x, precision=precision)
     apart = x * torch.tensor([2.0**-100, 2.0**100, 1.0, 2.0**-30, 2.0**30]).view(-1, 1, 1)
-    assert torch.equal(polar(apart, precision="bf16"), alike)
-    assert torch.equal(polar(apart[:1], precision="bf16"), polar(x[:1], precision="bf16"))
+    assert torch.equal(polar(apart, precision=precision), alike)
+    assert torch.equal(polar(apart[:1], precision=precision), polar(x[:1], precision=precision))
 
 
-def test_bf16_of_a_batch_with_empty_experts_is_that_of_the_others() -> None:
+@pytest.mark.parametrize("precision", LOW)
+def test_low_precision_of_a_batch_with_empty_experts_is_that_of_the_others(precision: LowPrecision) -> None:
     x = torch.randn(6, 90, 70, generator=generator(0))
-    expected = polar(x, precision="bf16")
+    expected = polar(x, precision=precision)
     x[1::2] = 0
-    u = polar(x, precision="bf16")
+    u = polar(x, precision=precision)
     assert u[1::2].eq(0).all()
     assert torch.equal(u[::2], expected[::2])
     x[0] *= 2.0**-100  # what vanishes when it is squared is not empty
-    assert torch.equal(polar(x, precision="bf16"), u)
+    assert torch.equal(polar(x, precision=precision), u)
 
 
+@pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize("factor", [3.4e38, 1e30, 1e-30, 1e-38, 2.0**-135])
-def test_bf16_takes_the_whole_range_of_float32(factor: float) -> None:
+def test_low_precision_takes_the_whole_range_of_float32(factor: float, precision: LowPrecision) -> None:
     x = torch.randn(3, 90, 40, generator=generator(0))
     x = x / x.abs().max() * factor  # with 2⁻¹³⁵ all are denormal and have 14 bits
     assert float(x.abs().max()) > 0
-    u = polar(x, precision="bf16")
+    u = polar(x, precision=precision)
     assert relative_error(u, polar_reference(x / factor)) <= 0.04
 
 
+@pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bf16_has_one_result_for_what_bfloat16_can_hold_and_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
+def test_there_is_one_result_for_what_every_dtype_can_hold_and_in_the_dtype_asked_for(
+    dtype: torch.dtype, precision: LowPrecision
+) -> None:
     x = torch.randn(2, 80, 70, generator=generator(0)).bfloat16()
     x = x.clamp(-4, 4).masked_fill(x.abs() < 2**-10, 0)  # a number of float16 too
-    u = polar_bf16(x)
-    assert u.dtype == torch.bfloat16
-    assert polar(x.to(dtype), precision="bf16").dtype == dtype
-    assert torch.equal(polar(x.to(dtype), precision="bf16"), u.to(dtype))
+    u = polar_by_quintics(x, method=precision)
+    assert u.dtype == DTYPES[precision]
+    assert polar(x.to(dtype), precision=precision).dtype == dtype
+    assert torch.equal(polar(x.to(dtype), precision=precision), u.to(dtype))
     out = torch.full_like(u, torch.nan)
-    assert polar_bf16(x.to(dtype), out=out).data_ptr() == out.data_ptr()
+    assert polar_by_quintics(x.to(dtype), method=precision, out=out).data_ptr() == out.data_ptr()
     assert torch.equal(out, u)
 
 
-def test_bf16_in_borrowed_memory_is_the_same_and_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("precision", LOW)
+def test_borrowed_memory_changes_nothing_and_nothing_is_left_behind(precision: LowPrecision) -> None:
     x, arena = torch.randn(4, 160, 70, generator=generator(0)), Arena()
-    expected, before = polar(x, precision="bf16"), x.clone()
+    expected, before = polar(x, precision=precision), x.clone()
     for _ in range(3):
         with arena.lend():
-            assert torch.equal(polar(x, precision="bf16", how=Execution(scratch=arena)), expected)
+            assert torch.equal(polar(x, precision=precision, how=Execution(scratch=arena)), expected)
     assert torch.equal(x, before)
 
 
-def test_bf16_takes_matrices_in_any_order_of_memory() -> None:
+@pytest.mark.parametrize("precision", LOW)
+def test_low_precision_takes_matrices_in_any_order_of_memory(precision: LowPrecision) -> None:
     x = torch.randn(3, 160, 70, generator=generator(0))
-    expected = polar(x, precision="bf16")
-    assert torch.equal(polar(x.mT.contiguous().mT, precision="bf16"), expected)
-    assert relative_error(polar(x.mT, precision="bf16"), expected.mT) <= 0.02
-    assert torch.equal(polar(x.transpose(0, 1).contiguous().transpose(0, 1), precision="bf16"), expected)
+    expected = polar(x, precision=precision)
+    assert torch.equal(polar(x.mT.contiguous().mT, precision=precision), expected)
+    assert relative_error(polar(x.mT, precision=precision), expected.mT) <= 0.02
+    assert torch.equal(polar(x.transpose(0, 1).contiguous().transpose(0, 1), precision=precision), expected)
 
 
+@pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 90, 70), (2, 70, 160), (5, 5)])
-def test_bf16_asks_no_device_but_a_cpu_for_a_number(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_low_precision_asks_no_device_but_a_cpu_for_a_number(
+    dtype: torch.dtype, shape: tuple[int, ...], precision: LowPrecision
+) -> None:
     # Tensors without numbers take the way of accelerators, and raise where one is asked for.
-    u = polar_by("bf16", torch.empty(shape, dtype=dtype, device="meta"))
+    u = polar_by(precision, torch.empty(shape, dtype=dtype, device="meta"))
     assert (u.shape, u.dtype) == (shape, dtype)
+
+
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
+def test_tf32_is_allowed_for_its_products_alone(before: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    value, allowed = (before, "tf32") if name == "fp32_precision" else (before == "tf32", True)
+    kept = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        with tf32_allowed(True):
+            assert getattr(matmul, name) == allowed
+        assert getattr(matmul, name) == value
+        with pytest.raises(RuntimeError), tf32_allowed(True):
+            raise RuntimeError
+        assert getattr(matmul, name) == value
+        with tf32_allowed(False):
+            assert getattr(matmul, name) == value
+    finally:
+        setattr(matmul, name, kept)
 
 
 # ---- edges
 
 
-@pytest.mark.parametrize("method", [*FP32_METHODS, "svd", "bf16"])
+@pytest.mark.parametrize("method", get_args(Method))
 def test_zero_gives_zero_and_damage_stays_in_its_matrix(method: Method) -> None:
     x = torch.randn(4, 6, 5, generator=generator(0))
     alone = polar_by(method, x[3:])
@@ -337,7 +385,7 @@ def test_an_empty_batch_has_an_empty_polar_factor(precision: Precision, shape: t
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_single_row_column_or_entry_is_divided_by_its_norm(precision: Precision) -> None:
-    tolerance = 0.05 if precision == "bf16" else 1e-6
+    tolerance = {"bf16": 0.05, "fp16": 0.02, "tf32": 0.02}.get(precision, 1e-6)
     for shape in ((1, 1), (1, 7), (7, 1), (3, 2, 1, 5)):
         x = torch.randn(shape, generator=generator(1)) * 1e-20
         expected = x.double() / torch.linalg.matrix_norm(x.double(), keepdim=True)
@@ -379,8 +427,8 @@ def test_inverse_root_refuses_a_gram_matrix_that_has_lost_its_digits() -> None:
 
 
 def test_an_unknown_precision_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=re.escape("precision 'tf32' is not known; choose one of exact, fp32")):
-        polar(torch.eye(2), precision="tf32")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=re.escape("precision 'fp8' is not known; choose one of exact, fp32, tf32")):
+        polar(torch.eye(2), precision="fp8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2) * 1j])
@@ -393,7 +441,7 @@ def test_what_is_not_a_real_matrix_is_refused(x: Tensor) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["bf16", "iteration"])
+@pytest.mark.parametrize("method", [*LOW, "iteration"])
 def test_iterations_do_not_wait_for_the_device(method: Method) -> None:
     x = torch.randn(2, 320, 300, generator=generator(0)).cuda()
     polar_by(method, x)
@@ -402,4 +450,4 @@ def test_iterations_do_not_wait_for_the_device(method: Method) -> None:
         u = polar_by(method, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert relative_error(u.cpu(), polar_reference(x.cpu())) <= (0.1 if method == "bf16" else 1e-3)
+    assert relative_error(u.cpu(), polar_reference(x.cpu())) <= (0.1 if method in LOW else 1e-3)

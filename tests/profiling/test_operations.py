@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_symopt.linalg.polar import Method, method_for, polar_by
+from lit_symopt.linalg.polar import Method, Precision, method_for, polar_by
 from lit_symopt.profiling.operations import (
     Operations,
     compute_dtype,
@@ -47,7 +47,7 @@ def test_row_shards_multiply_their_own_rows_and_the_whole_root(method: Method, h
 
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name != "adamw"])
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "exact"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("centered", [False, True])
 def test_the_products_of_a_rule_are_those_that_torch_counts(rule: str, precision: Any, centered: bool) -> None:
     count, m, n = 2, 9, 5
@@ -55,7 +55,7 @@ def test_the_products_of_a_rule_are_those_that_torch_counts(rule: str, precision
     expected = rule_operations(options, m=m, n=n, count=count, dtype=torch.float32, device_type="cpu")
     done = counted(get_rule(rule).function, torch.randn(count, m, n), centered=centered, precision=precision)
     assert done == expected.products
-    assert (expected.decompositions > 0) == (rule in POLAR and precision != "bf16")
+    assert (expected.decompositions > 0) == (rule in POLAR and precision not in ("tf32", "bf16", "fp16"))
     assert expected.elementwise > 0 or rule in POLAR
 
 
@@ -65,6 +65,8 @@ def test_the_products_of_a_rule_are_those_that_torch_counts(rule: str, precision
     [
         ("auto", torch.float32, "cpu"),
         ("bf16", torch.float32, "cpu"),
+        ("fp16", torch.float32, "cpu"),
+        ("tf32", torch.float32, "cpu"),
         ("exact", torch.float32, "cpu"),
         ("auto", torch.float32, "cuda"),
         ("fp32", torch.float32, "cuda"),

@@ -156,7 +156,8 @@ def test_a_signal_in_the_middle_of_the_journals_write_stops_the_study_after_it(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = trained.write(tmp_path)
-    rename, sent = os.rename, []
+    rename = os.rename
+    sent: list[str] = []
 
     def rename_and_interrupt(source: str, target: str) -> None:
         rename(source, target)
