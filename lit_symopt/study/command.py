@@ -32,8 +32,8 @@ def run(arguments: Sequence[str]) -> int:
     given = _options().parse_args(list(arguments))
     from lit_symopt.study.folder import STUDIES, claimed, refuse_another
     from lit_symopt.study.process import is_disk_full
+    from lit_symopt.study.reading import load
     from lit_symopt.study.running import DiskFullError, Runner, cores
-    from lit_symopt.study.spec import load
     from lit_symopt.study.stop_request import StopRequest
 
     study = load(given.config)

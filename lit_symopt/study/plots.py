@@ -41,8 +41,8 @@ def write_plots(study: Study, results: Sequence[Result], folder: Path) -> dict[s
         folder: for the files; it exists.
 
     Returns:
-        Paths by what they show: `tokens`, `seconds`, `basin`, `lengths`, `finals`, and the recorded tags as
-        `record/<tag>`. What there are no runs for is missing.
+        Paths by what they show: `tokens`, `seconds`, `basin` (of options that had several values), `lengths`,
+        `finals`, and the recorded tags as `record/<tag>`. What there are no runs for is missing.
 
     Raises:
         OSError: if a file cannot be written.
@@ -109,7 +109,7 @@ def _basin(study: Study, results: Sequence[Result]) -> Figure | None:
     trials = [one for one in results if one.purpose == "trial"]
     families = [one.name for one in study.families if any(trial.family == one.name for trial in trials)]
     options = list(dict.fromkeys(axis.option for one in study.contenders for axis in one.search))
-    options = [option for option in options if any(option in trial.rates for trial in trials)]
+    options = [option for option in options if _tried(trials, option) > 1]
     if not families or not options:
         return None
     figure = new_figure(1.2 + 4.2 * len(options), 1.2 + 3.0 * len(families))
@@ -135,6 +135,15 @@ def _basin(study: Study, results: Sequence[Result]) -> Figure | None:
         axes.set_xlabel(short_name(option) + (" (× lr)" if option.endswith(".lr_multiplier") else ""))
     title = "Final loss of each trial. Star: the best; triangle: above the scale; cross: diverged; dotted: the range"
     return _finished(figure, study, [("", name) for name in used], title, lines=False)
+
+
+def _tried(trials: Sequence[Result], option: str) -> int:
+    """The most values of an option that one contender tried in a family."""
+    found: dict[tuple[str, str], set[float]] = {}
+    for trial in trials:
+        if option in trial.rates:
+            found.setdefault((trial.family, trial.contender), set()).add(trial.rates[option])
+    return max(map(len, found.values()), default=0)
 
 
 def _scale(axes: Any, rates: Sequence[float]) -> None:

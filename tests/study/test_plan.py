@@ -10,9 +10,10 @@ import pytest
 
 from lit_symopt.errors import ConfigError
 from lit_symopt.study.plan import Names, Run, finals, trial
+from lit_symopt.study.reading import from_dict
 from lit_symopt.study.schedule import Schedule
 from lit_symopt.study.search import Searcher
-from lit_symopt.study.spec import Study, from_dict
+from lit_symopt.study.spec import Study
 from tests.study import made
 from tests.study.trained import PLAIN
 

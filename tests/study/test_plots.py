@@ -49,6 +49,18 @@ def test_plots_without_runs_are_left_out(tmp_path: Path) -> None:
     assert set(write_plots(study, full, tmp_path)) == {"tokens", "seconds", "finals"}
 
 
+def test_an_option_with_one_value_has_no_basin(tmp_path: Path) -> None:
+    study = made.study(trials=3, families=("qwen3",))
+    trials = [one for one in made.write_all(study, tmp_path) if one.purpose == "trial"]
+    whole = drawn(write_plots(study, trials, tmp_path)["basin"])
+    options = sorted({option for one in trials for option in one.rates})
+    assert len(options) > 1
+    fixed = [replace(one, rates={**one.rates, **dict.fromkeys(options[1:], 4.0)}) for one in trials]
+    assert drawn(write_plots(study, fixed, tmp_path)["basin"])[0] < whole[0]
+    nothing = [replace(one, rates=dict.fromkeys(options, 4.0)) for one in trials]
+    assert "basin" not in write_plots(study, nothing, tmp_path)
+
+
 @pytest.mark.parametrize("finished", [0, 1])
 def test_runs_that_diverged_are_drawn_as_such(tmp_path: Path, finished: int) -> None:
     study = made.study(trials=3, families=("qwen3",), names=("adamw", "muon"))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lit_symopt.errors import ConfigError
-from lit_symopt.study.spec import from_dict, load
+from lit_symopt.study.reading import from_dict, load
 from tests.study.trained import PLAIN
 
 LR = "model.symopt.lr"
