@@ -36,7 +36,10 @@ from lit_symopt.linalg.kernels import (
     symmetric_product,
 )
 from lit_symopt.linalg.kernels.load import SAME, Tuning, kernels
+from lit_symopt.linalg.low_precision import LowPrecision
+from lit_symopt.linalg.polar import polar_by
 from lit_symopt.profiling.ceilings import measure_ceilings
+from lit_symopt.profiling.operations import polar_operations
 
 RECORD = Path(__file__).parent / "records" / "kernels" / "README.md"
 ROUNDS = 31
@@ -136,6 +139,17 @@ def products(peak: float) -> Iterator[str]:
             yield row(f"{name} | {what}", in_turn(ours, theirs), partial(_share, done, peak))
 
 
+def polar_factors(peak: float) -> Iterator[str]:
+    """Lines of whole polar factors, in precision `fp16` and `tf32` against `bf16`."""
+    for name, (count, m, n) in PRODUCTS.items():
+        x = torch.randn(count, m, n, device="cuda")
+        others: tuple[LowPrecision, ...] = ("fp16", "tf32")
+        for method in others:
+            done = polar_operations(method, m=m, n=n, count=count).products
+            times = in_turn(partial(polar_by, method, x), partial(polar_by, "bf16", x))
+            yield row(f"{name} | `{method}`", times, partial(_share, done, peak))
+
+
 def rows(bandwidth: float) -> Iterator[str]:
     """Lines of the row rule in float32 against the step of `SymOpt`, with the non-finite check in both."""
     from lit_symopt import SymOpt
@@ -184,6 +198,12 @@ def record() -> str:
         "| matrices | launch | kernel, µs | cuBLAS, µs | speed-up | of the matmul peak |",
         "|---|---|---|---|---|---|",
         *products(peak),
+        "",
+        "## Polar factors by other precisions than `bf16`; the share is of the bfloat16 peak",
+        "",
+        "| matrices | precision | µs | `bf16`, µs | speed-up | of the matmul peak |",
+        "|---|---|---|---|---|---|",
+        *polar_factors(peak),
         "",
         "## Row rule in float32, check for finite gradients included; the share counts each number once a pass",
         "",
