@@ -11,7 +11,9 @@ from lit_symopt.backends import chosen
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Shape
+from lit_symopt.linalg.polar import METHODS, method_for
 from lit_symopt.rules import get_rule, scale_factor
+from lit_symopt.rules.rows import POLAR
 from lit_symopt.rules.scale import NUCLEAR
 from lit_symopt.update import part_by_backend
 
@@ -38,6 +40,7 @@ def explain(optimizer: SymOpt, name: str) -> str:
         f"  matrices  {_matrices(group, shape)}",
         f"  centered  {_centering(group)}",
         f"  momentum  {_momentum(group)}",
+        *_polar(group, shape),
         f"  step      {_step(group, shape)}",
         f"  backend   {_backend(group, shape)}",
         f"  source    {rule.source}",
@@ -82,6 +85,24 @@ def _momentum(group: dict[str, Any]) -> str:
     return f"{group['momentum_kind']} with β = {group['momentum']}, one number of state an element"
 
 
+def _polar(group: dict[str, Any], shape: Shape) -> list[str]:
+    """How the polar factor is found, if the rule takes one: by a method that depends on shape and device."""
+    if group["rule"] not in POLAR:
+        return []
+    device = group["params"][0].device.type
+    methods = {
+        METHODS[method_for(group["precision"], dtype=_computed(group), device_type=device, side=min(part.m, part.n))]
+        for part in layout_of(group, shape).parts(shape)
+    }
+    return [f"  polar     {', '.join(sorted(methods))} (precision {group['precision']})"]
+
+
+def _computed(group: dict[str, Any]) -> torch.dtype:
+    """Of momentum and update."""
+    dtype: torch.dtype = group["params"][0].dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def _step(group: dict[str, Any], shape: Shape) -> str:
     lr, decay = group["lr"], group["weight_decay"]
     factors = [f"{lr:g}"]
@@ -95,14 +116,12 @@ def _backend(group: dict[str, Any], shape: Shape) -> str:
     backend = chosen(group["backend"])
     if backend == "eager":
         return backend
-    tensor = group["params"][0]
-    half = tensor.dtype in (torch.bfloat16, torch.float16)
     part = part_by_backend(
         group,
         layout_of(group, shape),
         shape,
-        dtype=torch.float32 if half else tensor.dtype,
-        device_type=tensor.device.type,
+        dtype=_computed(group),
+        device_type=group["params"][0].device.type,
     )
     if part is None:
         return (

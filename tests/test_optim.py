@@ -497,6 +497,10 @@ def test_explain_says_what_a_parameter_gets_and_why() -> None:
     assert "W ← (1 − 0.06·0.1) W − 0.06 · 0.693 (scale rms) · U" in text  # six times the base rate; 0.2·√12
     nuclear = SymOpt([("w", nn.Parameter(torch.eye(2)))], rule="spectral", scale="nuclear", alpha=0.5, radius=3.0)
     assert "− 0.001 · 3 · ⟨M, U⟩^0.5 · U" in nuclear.explain("w")
+    assert "polar     eigenvalue decomposition of the Gram matrix in float64 (precision auto)" in nuclear.explain("w")
+    nuclear.param_groups[0]["precision"] = "fp16"
+    assert "polar     five steps in float16 (precision fp16)" in nuclear.explain("w")
+    assert "polar" not in SymOpt([("w", nn.Parameter(torch.eye(2)))], rule="row_norm").explain("w")
     with pytest.raises(ConfigError, match=r"'head.wait'; the nearest are 'head.weight'"):
         optimizer.explain("head.wait")
 

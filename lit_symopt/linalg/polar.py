@@ -39,6 +39,7 @@ There is no float32 matrix product in any method but `tf32`, so TF32 enters only
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -54,6 +55,16 @@ from lit_symopt.scratch import Scratch
 
 Precision = Literal["exact", "fp32", "tf32", "bf16", "fp16", "auto"]
 Method = Literal["svd", "eigh", "iteration", "tf32", "bf16", "fp16"]
+
+METHODS: Mapping[Method, str] = {
+    "svd": "singular value decomposition in float64",
+    "eigh": "eigenvalue decomposition of the Gram matrix in float64",
+    "iteration": "nine steps on the Gram matrix in float64",
+    "tf32": "five steps with products in TF32",
+    "bf16": "five steps in bfloat16",
+    "fp16": "five steps in float16",
+}
+"""Each in words."""
 
 GRAM_METHODS: tuple[Method, ...] = ("eigh", "iteration")
 """The methods that look at the Gram matrix alone, and so work on row shards."""
