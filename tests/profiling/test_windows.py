@@ -144,6 +144,19 @@ def test_a_discarded_window_leaves_no_file_and_no_profiler(tmp_path: Path, steps
     assert len(run(make(tmp_path), 4)) == 1  # nothing is in the way of another
 
 
+@pytest.fixture(scope="module")
+def nesting() -> None:
+    """Skips where torch itself fails when a profiler begins while another one is at work, as torch 2.8 does."""
+    code = (
+        "from torch.profiler import ProfilerActivity as activity, profile;"
+        "one, two = (profile(activities=[activity.CPU]) for _ in range(2));"
+        "one.start(); two.start(); two.stop(); one.stop()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"torch {torch.__version__} has no second profiler: {done.stderr.strip().splitlines()[-1]}")
+
+
 # -- somebody else -------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +173,7 @@ def of_steps(profiler: torch.profiler.profile, begin: int, end: int) -> Callable
     return within
 
 
+@pytest.mark.usefixtures("nesting")
 @pytest.mark.parametrize(("begin", "end"), [(3, 3), (3, 4), (4, 4), (4, 6), (5, 5), (5, 9), (6, 6), (6, 8)])
 def test_a_profiler_that_begins_in_a_window_keeps_its_trace_and_the_window_is_taken_later(
     tmp_path: Path, begin: int, end: int
@@ -196,7 +210,8 @@ def test_a_window_waits_for_a_profiler_that_is_recording_or_in_its_warm_up(
         "window 1 of 1 waits: another profiler of torch is in the way, and torch profiles for one at a time"
     ]
     assert "work 6" in exported(profiler, tmp_path)
-    profiler.stop()
+    if schedule is not None:
+        profiler.stop()
 
 
 def test_a_profiler_that_never_ends_leaves_no_window_which_is_said_by_name(tmp_path: Path) -> None:
