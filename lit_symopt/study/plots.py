@@ -112,8 +112,14 @@ def _basin(study: Study, results: Sequence[Result]) -> Figure | None:
     options = [option for option in options if _tried(trials, option) > 1]
     if not families or not options:
         return None
-    figure = new_figure(1.2 + 4.2 * len(options), 1.2 + 3.0 * len(families))
-    panels: Any = figure.subplots(len(families), len(options), squeeze=False, sharex="col", sharey="row")
+    alone = len(options) == 1
+    panels: Any
+    if alone:
+        figure, by_family = _panels(study, families, xlabel=_named(options[0]), ylabel="")
+        panels = [[by_family[family]] for family in families]
+    else:
+        figure = new_figure(1.2 + 4.2 * len(options), 1.2 + 3.0 * len(families))
+        panels = figure.subplots(len(families), len(options), squeeze=False, sharex="col", sharey="row")
     used: set[str] = set()
     for row, family in zip(panels, families, strict=True):
         own = [trial for trial in trials if trial.family == family]
@@ -123,18 +129,23 @@ def _basin(study: Study, results: Sequence[Result]) -> Figure | None:
                 shown = [trial for trial in own if trial.contender == contender.name and option in trial.rates]
                 if shown:
                     used.add(contender.name)
-                    _draw_trials(axes, shown, option, study, contender, family, top=top)
+                    _draw_trials(axes, shown, option, study, contender, family, top=top, joined=alone)
             if not any(option in trial.rates for trial in own):
                 axes.text(0.5, 0.5, "not searched here", transform=axes.transAxes, ha="center", color="#777777")
             bare(axes, grid="both")
         row[0].set_title(family, fontsize="medium", loc="left")
         row[0].set_ylabel("final loss (nats/token)")
         row[0].set_ylim(bottom - 0.08 * (top - bottom), top + 0.16 * (top - bottom))  # room for those at the top
-    for axes, option in zip(panels[-1], options, strict=True):
-        _scale(axes, [trial.rates[option] for trial in trials if option in trial.rates])
-        axes.set_xlabel(short_name(option) + (" (× lr)" if option.endswith(".lr_multiplier") else ""))
+    for row in panels if alone else panels[-1:]:
+        for axes, option in zip(row, options, strict=True):
+            _scale(axes, [trial.rates[option] for trial in trials if option in trial.rates])
+            axes.set_xlabel(_named(option))
     title = "Final loss of each trial. Star: the best; triangle: above the scale; cross: diverged; dotted: the range"
     return _finished(figure, study, [("", name) for name in used], title, lines=False)
+
+
+def _named(option: str) -> str:
+    return short_name(option) + (" (× lr)" if option.endswith(".lr_multiplier") else "")
 
 
 def _tried(trials: Sequence[Result], option: str) -> int:
@@ -159,7 +170,15 @@ def _scale(axes: Any, rates: Sequence[float]) -> None:
 
 
 def _draw_trials(
-    axes: Any, trials: list[Result], option: str, study: Study, contender: Contender, family: str, *, top: float
+    axes: Any,
+    trials: list[Result],
+    option: str,
+    study: Study,
+    contender: Contender,
+    family: str,
+    *,
+    top: float,
+    joined: bool,
 ) -> None:
     look = _look(study, contender.name)
     within = [one for one in trials if one.loss is not None and one.loss <= top]
@@ -169,6 +188,10 @@ def _draw_trials(
     axes.plot(
         [one.rates[option] for one in within], [_loss(one) for one in within], marker=look["marker"], ms=5, **dots
     )
+    if joined:  # one option was searched, and nothing else moves the loss
+        ordered = sorted(within, key=lambda one: one.rates[option])
+        x, y = [one.rates[option] for one in ordered], [_loss(one) for one in ordered]
+        axes.plot(x, y, color=look["color"], linewidth=1.2, alpha=0.6)
     edge = axes.get_xaxis_transform()
     for marker, shown, height in (("^", above, 0.955), ("x", diverged, 0.985)):
         axes.plot(
