@@ -1,18 +1,20 @@
-"""Print the README's table of the study `learning`, from the results in its record.
+"""Print the README's table of a study of AdamW, Muon and `symmetric`, from the results in its record.
 
 lit-symopt study --config configs/studies/learning.yaml --out OUT     # an hour and a half; then copy into the record
-python profiles/study_table.py
+python profiles/study_table.py learning
+python profiles/study_table.py batch
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
 from lit_symopt.study.result import Result, read_results
 
-RECORD = Path(__file__).parent / "records" / "studies" / "learning"
+RECORDS = Path(__file__).parent / "records" / "studies"
 FAMILIES = {"qwen3": "Qwen3", "gemma3": "Gemma 3", "olmoe": "OLMoE", "gpt_oss": "gpt-oss"}
 CONTENDERS = {
     ("adamw", 1.0): "AdamW, own rates for embedding and head",
@@ -56,7 +58,9 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 
 def main() -> None:
     """Print the table."""
-    print("\n".join(table(read_results(RECORD))))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("study", choices=("learning", "batch"))
+    print("\n".join(table(read_results(RECORDS / parser.parse_args().study))))
 
 
 if __name__ == "__main__":

@@ -140,11 +140,12 @@ def test_the_errors_in_the_readme_are_those_of_the_record() -> None:
     assert shown.strip() == made.strip()
 
 
-def test_the_losses_in_the_readme_are_those_of_the_record() -> None:
+@pytest.mark.parametrize("study", ["learning", "batch"])
+def test_the_losses_in_the_readme_are_those_of_the_record(study: str) -> None:
     made = subprocess.run(
-        [sys.executable, "profiles/study_table.py"], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "profiles/study_table.py", study], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
-    (shown,) = re.findall(r"<!-- study -->\n(.*?)<!-- /study -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    (shown,) = re.findall(rf"<!-- {study} -->\n(.*?)<!-- /{study} -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert shown.strip() == made.strip()
     assert "–" not in made
 
