@@ -22,8 +22,8 @@ the rounding of G, about 2⁻⁹ of its largest eigenvalue in bfloat16 and 2⁻�
 what is so lost of a small one by another a² (about 14), and a σ that is underestimated is moved beyond the interval on
 which the next quintic is bounded. For a larger safety of the quintics, two steps from a fresh Gram matrix can be had in
 bfloat16, and three in the finer ones. Largest singular values of the result with a safety of 1.08
-(`quintics.QUINTICS`), over some thousand spectra of two and three clusters, of low rank, with common directions and
-with heavy tails, s from 6 to 128, r from 1 to 5; with 1.01 each form diverges for some of them in bfloat16:
+(`low_precision.QUINTICS`), over some thousand spectra of two and three clusters, of low rank, with common directions
+and with heavy tails, s from 6 to 128, r from 1 to 5; with 1.01 each form diverges for some of them in bfloat16:
 
 | form | bfloat16 | float16 | TF32 (rounded here, not on a GPU) |
 |---|---|---|---|
@@ -32,7 +32,7 @@ with heavy tails, s from 6 to 128, r from 1 to 5; with 1.01 each form diverges f
 | (2, 2, 1) | 1.05 | | |
 | (3, 2) | diverges | 1.014 | 1.014 |
 | (2, 3) | 1.3 | 1.033 | 1.037 |
-| (5,) | diverges | diverges | |
+| (5,) | diverges | diverges | diverges |
 """
 
 from __future__ import annotations

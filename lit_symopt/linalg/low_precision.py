@@ -10,8 +10,8 @@ The quintics are those of Polar Express (`QUINTICS`), five as in Muon, on the ma
 more bits allow a form with fewer operations. TF32 is allowed for these products alone and for as long as they take,
 whatever the program has set; where there is none, on a CPU say, they are those of float32.
 
-In float16 the entries of a matrix m x n of norm one are about (m n)^{-1/2}, and below 6e-5 they lose bits: half of them
-at m n = 1e9, by when bfloat16 is as good.
+In float16 the entries of a matrix m x n of norm one are about (m n)^{-1/2}, and below 6e-5 they lose bits: one at
+m n = 1e9, three at 2e10, which leaves those of bfloat16.
 """
 
 from __future__ import annotations

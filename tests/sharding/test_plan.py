@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_symopt import SymOpt, SymOptConfig
+from lit_symopt.config import RoleConfig
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout
 from lit_symopt.sharding.holdings import Placement
@@ -188,14 +189,14 @@ def test_what_stays_of_a_plan_without_local_blocks_is_what_it_was() -> None:
 # -- the models of the paper --------------------------------------------------------------------------------------
 
 
-def blocks_of(family: str, world: int, strategy: str) -> tuple[list[Block], int]:
+def blocks_of(family: str, world: int, strategy: str, **roles: RoleConfig) -> tuple[list[Block], int]:
     import torch
 
     from lit_symopt import models
 
     with torch.device("meta"):
         module = getattr(models, family)()
-    optimizer = SymOpt.for_module(module, module.block_taxonomy(), config=SymOptConfig())
+    optimizer = SymOpt.for_module(module, module.block_taxonomy(), config=SymOptConfig(roles=roles))
     blocks = []
     for group in optimizer.param_groups:
         numels = [prod(shape) for shape in group["shapes"]]
@@ -219,6 +220,14 @@ def blocks_of(family: str, world: int, strategy: str) -> tuple[list[Block], int]
                     Block(placement=placement, role=group["role"], layout=layout_of(group, shape), options=chosen)
                 )
     return blocks, sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "OLMoE"])
+@pytest.mark.parametrize("world", [2, 8])
+def test_copies_share_evenly_what_no_block_has_most_of(family: str, world: int) -> None:
+    blocks, _ = blocks_of(family, world, "ddp", lm_head=RoleConfig(rule="row_norm"))
+    work = make_plan(blocks, world=world).work()
+    assert max(work) <= 1.1 * sum(work) / world
 
 
 def largest_polar_factor(block: Block) -> int:
