@@ -15,7 +15,7 @@ from lit_symopt.linalg.polar import METHODS, method_for
 from lit_symopt.rules import get_rule, scale_factor
 from lit_symopt.rules.rows import POLAR
 from lit_symopt.rules.scale import NUCLEAR
-from lit_symopt.update import part_by_backend
+from lit_symopt.whole_step import part_by_backend
 
 if TYPE_CHECKING:
     from lit_symopt.optim import SymOpt
@@ -128,7 +128,7 @@ def _backend(group: dict[str, Any], shape: Shape) -> str:
             f"eager: {backend} has nothing to do for this rule in precision {group['precision']}, in this layout and "
             "on this device"
         )
-    return f"{backend}, for " + {"polar": "the polar factor", "row_step": "the whole step"}[part]
+    return f"{backend}, for " + ("the polar factor" if part == "polar" else "the whole step")
 
 
 def _scale(group: dict[str, Any], shape: Shape) -> str:

@@ -12,6 +12,7 @@ import torch
 from lit_symopt.errors import ConfigError
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout, Shape
+from lit_symopt.linalg.execution import Backend
 from lit_symopt.linalg.low_precision import is_low_precision, polar_scratch_bytes
 from lit_symopt.linalg.polar import Precision, method_for
 from lit_symopt.member import Member
@@ -146,6 +147,7 @@ def _scratch_bytes(
     shape: Shape,
     dtype: torch.dtype,
     device_type: str,
+    backend: Backend,
 ) -> int:
     entries = prod(shape)
     found = 2 * entries * dtype.itemsize  # directions, and gradients that are of another dtype
@@ -157,6 +159,8 @@ def _scratch_bytes(
         if is_low_precision(method):
             found += entries * dtype.itemsize * (2 if rule in SPECTRAL and not centered else 6)
             found += part.count * polar_scratch_bytes(part.m, part.n, dtype=dtype, method=method)
+            if backend == "cpp":
+                found += part.count * _cpp_bytes(part.m, part.n)
         else:
             found += torch.float64.itemsize * (6 * entries + 6 * part.count * side * side)
     return found
@@ -168,11 +172,17 @@ def scratch_bytes(
     """An upper bound of the memory that the update of one tensor borrows, in bytes.
 
     Args:
-        options: of a group: `rule`, `precision`, `centered`.
+        options: of a group: `rule`, `precision`, `centered`, `backend`.
         layout: how the tensor holds its matrices.
         shape: of the tensor.
         dtype: of the weight.
         device_type: where it is.
     """
-    rule, precision, centered = (options[key] for key in ("rule", "precision", "centered"))
-    return _scratch_bytes(rule, precision, centered, layout, shape, dtype, device_type)
+    rule, precision, centered, backend = (options[key] for key in ("rule", "precision", "centered", "backend"))
+    return _scratch_bytes(rule, precision, centered, layout, shape, dtype, device_type, backend)
+
+
+def _cpp_bytes(m: int, n: int) -> int:
+    from lit_symopt.cpp.polar import workspace_bytes
+
+    return workspace_bytes(m, n)

@@ -10,29 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_symopt.backends.choice import Part, takes
-from lit_symopt.backends.rows import row_step_by_backend
 from lit_symopt.elements import all_equal, apply, directions, masked, update_elements
-from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout, Shape
 from lit_symopt.linalg.execution import EAGER, Execution
 from lit_symopt.linalg.polar import method_for
 from lit_symopt.member import Member, subject_of
-from lit_symopt.pieces import pieces, too_small
+from lit_symopt.pieces import pieces
 from lit_symopt.ranges import EVERYTHING, Subject, phase
-from lit_symopt.row_step import analytic
-from lit_symopt.row_step import scratch_bytes as row_step_bytes
-from lit_symopt.row_step import takes as row_step_takes
 from lit_symopt.rules import get_rule, project, scale_factor
 from lit_symopt.rules.rows import SPECTRAL, WHOLE, Rows
 from lit_symopt.rules.scale import NUCLEAR
-from lit_symopt.scratch import FRESH, MIB, Scratch
+from lit_symopt.scratch import FRESH, Scratch
+from lit_symopt.whole_step import require_scratch_of_a_whole, taken_as_a_whole, whole_step
 
 
 def update(bucket: Sequence[Member], *, scratch: Scratch = FRESH, refused: Tensor | None = None) -> None:
@@ -47,10 +42,9 @@ def update(bucket: Sequence[Member], *, scratch: Scratch = FRESH, refused: Tenso
         ConfigError: if one matrix needs more scratch memory than the group's option `scratch` allows.
     """
     first = bucket[0]
-    if taken_by_rows(bucket):
+    if (part := taken_as_a_whole(bucket)) is not None:
         with phase(subject_of, "rule", bucket):
-            for member in bucket:
-                _update_rows(member, scratch, refused)
+            whole_step(part, bucket, scratch=scratch, refused=refused)
         return
     with masked(bucket, refused) as mask:
         if first.group["rule"] == "adamw" and not first.group["centered"]:
@@ -70,89 +64,10 @@ def require_scratch(bucket: Sequence[Member]) -> None:
     group = bucket[0].group
     if group["scratch"] is None or (group["rule"] == "adamw" and not group["centered"]):
         return
-    if not taken_by_rows(bucket):
+    if (part := taken_as_a_whole(bucket)) is not None:
+        require_scratch_of_a_whole(part, bucket[0])
+    else:
         next(pieces(bucket))
-        return
-    member = bucket[0]
-    for rows in layout_of(group, member.weight.shape).to_matrices(member.weight):
-        _require_row_scratch(group, rows, member.name)
-
-
-def _require_row_scratch(group: Mapping[str, Any], rows: Tensor, of: str) -> None:
-    need = row_step_bytes(rows, centered=group["centered"])
-    if group["scratch"] is not None and need > group["scratch"] * MIB:
-        raise too_small(group, need, rows.shape, of)
-
-
-def taken_by_rows(bucket: Sequence[Member]) -> bool:
-    """Whether a step of row_norm is taken as a whole, momentum and write included."""
-    group, weight = bucket[0].group, bucket[0].weight
-    if group["rule"] != "row_norm":
-        return False
-    layout = layout_of(group, weight.shape)
-    if group["backend"] not in ("auto", "eager"):
-        shape = tuple(weight.shape)
-        return part_by_backend(group, layout, shape, dtype=weight.dtype, device_type=weight.device.type) == "row_step"
-    return all(
-        row_step_takes(group, layout, *member.written(), *member.state.values(), count=len(bucket)) for member in bucket
-    )
-
-
-def part_by_backend(
-    group: Mapping[str, Any], layout: Layout, shape: Shape, *, dtype: torch.dtype, device_type: str
-) -> Part | None:
-    """What of the update of a parameter the group's backend takes over from `eager`; `None` for nothing.
-
-    Args:
-        group: of the optimizer.
-        layout, shape: of the parameter.
-        dtype: of the weight that is updated, so float32 for parameters in half precision.
-        device_type: where it is.
-    """
-    longest = max(part.n for part in layout.parts(shape))
-    part = takes(group["backend"], group, dtype=dtype, device_type=device_type, longest_row=longest)
-    return None if part == "row_step" and not _in_place(layout, shape) else part
-
-
-@lru_cache(maxsize=4096)
-def _in_place(layout: Layout, shape: Shape) -> bool:
-    """Whether the matrices of a tensor are views of it, so that writing them writes it."""
-    like = torch.empty(shape, device="meta")
-    return all(part is like or part._base is like for part in layout.to_matrices(like))
-
-
-def _update_rows(member: Member, scratch: Scratch, refused: Tensor | None) -> None:
-    group, weight = member.group, member.weight
-    layout = layout_of(group, weight.shape)
-    tensors = (
-        weight,
-        member.gradient,
-        member.state["momentum_buffer"] if group["momentum"] else None,
-        None if member.parameter is weight else member.parameter,
-    )
-    batches = [
-        [None] * len(layout.parts(weight.shape)) if tensor is None else layout.to_matrices(tensor) for tensor in tensors
-    ]
-    for rows, gradient, momentum, parameter in zip(*batches, strict=True):
-        assert rows is not None
-        assert gradient is not None
-        _require_row_scratch(group, rows, member.name)
-        with scratch.lend():
-            row_step_by_backend(
-                rows,
-                gradient,
-                momentum,
-                how=Execution(backend=group["backend"], scratch=scratch),
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                beta=group["momentum"],
-                nesterov=group["momentum_kind"] == "nesterov",
-                scale=group["radius"] * analytic(group["scale"], rows.shape[-1]),
-                row_damping=group["row_damping"],
-                centered=group["centered"],
-                admitted=None if refused is None else refused == 0,
-                parameter=parameter,
-            )
 
 
 def _update_matrices(

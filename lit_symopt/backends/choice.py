@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `auto` | as `eager` | as `eager` | |
 | `eager` | torch's operations | torch's operations | |
+| `cpp` | kernels in C++, for spectral rules the whole step | a kernel in C++ | a CPU with AVX-512 BF16, a compiler |
 | `compile` | the whole as one compiled graph | the whole as one, on a CPU two | a C++ compiler, or Triton on CUDA |
 | `triton` | `symmetric_product` and the like for the products | the kernel `row_rule` | Triton on CUDA |
 | `gram-newton-schulz` | the package of that name, in float16 | as `eager` | the package; Hopper or newer on CUDA |
@@ -34,19 +35,23 @@ import torch
 from lit_symopt.errors import ConfigError
 from lit_symopt.linalg.execution import Backend
 
-Part = Literal["polar", "row_step"]
-"""What a backend takes over: polar factors in bfloat16, or a whole step of `row_norm`."""
+Part = Literal["polar", "row_step", "spectral_step"]
+"""What a backend takes over: polar factors in bfloat16, or a whole step of `row_norm` or of a spectral rule."""
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
 INSTALL = "pip install gram-newton-schulz --no-build-isolation"
 """Gets the package `gram-newton-schulz`; with build isolation pip would fetch a torch without CUDA first."""
 
-POLAR_RULES = frozenset({"spectral", "right_spectral", "left_spectral", "row_then_spectral", "spectral_then_row"})
+SPECTRAL = frozenset({"spectral", "right_spectral", "left_spectral"})
+POLAR_RULES = SPECTRAL | {"row_then_spectral", "spectral_then_row"}
+NUCLEAR = frozenset({"nuclear", "row_nuclear"})
+"""Scales that are measured on the update."""
 ANALYTIC_SCALES = frozenset({"none", "rms", "row_rms"})
 """Those after a row norm that are known before the update is."""
 
 TAKES: Mapping[str, tuple[Part, ...]] = {
     "eager": (),
+    "cpp": ("polar", "row_step", "spectral_step"),
     "compile": ("polar", "row_step"),
     "triton": ("polar", "row_step"),
     "gram-newton-schulz": ("polar",),
@@ -108,6 +113,8 @@ def require_backend(backend: str, device: torch.device | str, where: str = "") -
             from lit_symopt.linalg.kernels.load import require
 
             require(device.type)
+        elif backend == "cpp":
+            _require_cpp(device)
         elif backend == "compile":
             _require_compiler(device)
         elif backend == "gram-newton-schulz":
@@ -123,19 +130,21 @@ def takes(
 
     Args:
         backend: of the group.
-        options: `rule`, `precision`, `scale` and `eps`, as in the group.
+        options: `rule`, `precision`, `scale`, `centered` and `eps`, as in the group.
         dtype: of the momentum and of the arithmetic, so float32 for parameters in half precision.
         device_type: where the parameters are.
         longest_row: numbers in a row of the matrices.
 
-    >>> options = {"rule": "spectral", "precision": "auto", "scale": "rms", "eps": 1e-8}
+    >>> options = {"rule": "spectral", "precision": "auto", "scale": "rms", "centered": False, "eps": 1e-8}
     >>> takes("triton", options, dtype=torch.float32, device_type="cuda")
     'polar'
     >>> takes("triton", options, dtype=torch.float32, device_type="cpu")  # `auto` is not bfloat16 there
     """
     if options["rule"] in POLAR_RULES:
-        part: Part = "polar"
-        able = _in_bfloat16(options["precision"], dtype, device_type)
+        able = _in_bfloat16(options["precision"], dtype, device_type) and (backend != "cpp" or _multiplies_bfloat16())
+        whole = options["rule"] in SPECTRAL and not options["centered"] and options["scale"] not in NUCLEAR
+        whole = whole and dtype == torch.float32 and "spectral_step" in TAKES[chosen(backend)]
+        part: Part = "spectral_step" if whole else "polar"
     elif options["rule"] == "row_norm":
         # `exact` and `fp32` promise intermediates in float64.
         part = "row_step"
@@ -152,6 +161,21 @@ def _in_bfloat16(precision: str, dtype: torch.dtype, device_type: str) -> bool:
     from lit_symopt.linalg.polar import method_for
 
     return method_for(precision, dtype=dtype, device_type=device_type, side=1) == "bf16"  # type: ignore[arg-type]
+
+
+def _multiplies_bfloat16() -> bool:
+    from lit_symopt.cpp.polar import supported
+
+    return supported()
+
+
+def _require_cpp(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigError(f"kernels in C++ run on a CPU, not on {device.type!r}; choose backend 'eager'")
+    from lit_symopt.cpp.build import library
+
+    for name in ("row_step", "polar"):  # so that a compiler that fails does so before the first step
+        library(name)
 
 
 def _require_compiler(device: torch.device) -> None:

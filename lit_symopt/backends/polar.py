@@ -17,7 +17,7 @@ def polar_by_backend(x: Tensor, how: Execution) -> Tensor:
 
     Args:
         x: real matrices, none of them empty, of any floating dtype.
-        how: the backend. `eager` and `triton` borrow from its scratch memory, where the result may lie too; what
+        how: the backend. `eager`, `cpp` and `triton` borrow from its scratch memory, where the result may lie too; what
             `compile` and `gram-newton-schulz` return, and need in between, is memory of torch's allocator.
 
     Raises:
@@ -25,6 +25,11 @@ def polar_by_backend(x: Tensor, how: Execution) -> Tensor:
     """
     backend = chosen(how.backend)
     require_backend(backend, x.device)
+    if backend == "cpp":
+        from lit_symopt.cpp import polar as cpp
+
+        if cpp.supported():
+            return cpp.polar(x, scratch=how.scratch)
     if backend == "compile":
         from lit_symopt.backends import compiled
 

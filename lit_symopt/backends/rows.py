@@ -20,7 +20,7 @@ def row_step_by_backend(
 
     Args:
         weight, gradient, momentum: as of `lit_symopt.row_step.row_step`.
-        how: the backend; `eager` alone borrows from its scratch memory.
+        how: the backend; `eager` and `cpp` borrow from its scratch memory.
         options: `lr`, `weight_decay`, `beta`, `nesterov`, `scale`, `row_damping`, `centered`, `admitted` and
             `parameter`, as of `lit_symopt.row_step.row_step`. For `compile` and `triton`, `lr` and `weight_decay` may
             be tensors of one number on the device.
@@ -38,9 +38,13 @@ def row_step_by_backend(
         from lit_symopt.linalg.kernels import row_rule
 
         row_rule(weight, gradient, momentum, **options)
+    elif backend == "cpp":
+        from lit_symopt.cpp.row_step import row_step as in_cpp
+
+        in_cpp(weight, gradient, momentum, scratch=how.scratch, **options)
     elif backend == "eager":
         from lit_symopt.row_step import row_step
 
         row_step(weight, gradient, momentum, scratch=how.scratch, **options)
     else:
-        raise ConfigError(f"backend={backend!r} has no step of row_norm; choose eager, compile or triton")
+        raise ConfigError(f"backend={backend!r} has no step of row_norm; choose eager, cpp, compile or triton")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32", "exact")
-BACKENDS = ("auto", "eager", "compile", "triton", "gram-newton-schulz")
+BACKENDS = ("auto", "eager", "cpp", "compile", "triton", "gram-newton-schulz")
 CASES = ("step", "products", "row_norm", "launches")
 
 

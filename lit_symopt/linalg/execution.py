@@ -7,7 +7,7 @@ from typing import Literal
 
 from lit_symopt.scratch import FRESH, Scratch
 
-Backend = Literal["auto", "eager", "compile", "triton", "gram-newton-schulz"]
+Backend = Literal["auto", "eager", "cpp", "compile", "triton", "gram-newton-schulz"]
 
 
 @dataclass(frozen=True)

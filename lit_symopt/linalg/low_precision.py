@@ -46,7 +46,7 @@ STEPS = 5
 # Gram form most of all (see `forms`).
 QUINTICS = polar_express(lower=3e-3, steps=STEPS, cushion=0.1, safety=1.08)
 
-_TRUSTED = 2.0**-22, 2.0**22
+TRUSTED = 2.0**-22, 2.0**22
 """Between these Schatten-4 norms no square that matters over- or underflows in the range of float32 exponents."""
 _EXPONENT = 0x7F800000
 """The bits of a float32 number that hold its exponent."""
@@ -88,8 +88,8 @@ def polar_by_quintics(
             work.copy_(x)
             norm = gram_and_norm(batch, gram, products)
             low, high = norm.aminmax()
-            if not (_TRUSTED[0] <= float(low) and float(high) <= _TRUSTED[1]):  # NaN is neither
-                trusted = (norm >= _TRUSTED[0]) & (norm <= _TRUSTED[1])
+            if not (TRUSTED[0] <= float(low) and float(high) <= TRUSTED[1]):  # NaN is neither
+                trusted = (norm >= TRUSTED[0]) & (norm <= TRUSTED[1])
                 if not bool((trusted | (peak(x).view_as(norm) == 0)).all()):
                     _scale_into(work, x)
                     norm = gram_and_norm(batch, gram, products)

@@ -21,7 +21,8 @@ from lit_symopt.sharding.holdings import Distribution, Holding, Placement
 from lit_symopt.sharding.plan import OPTIONS, Block, Plan, make_plan
 from lit_symopt.sharding.report import PlanReport
 from lit_symopt.sharding.transport import Transport
-from lit_symopt.update import taken_by_rows, update
+from lit_symopt.update import update
+from lit_symopt.whole_step import taken_as_a_whole
 
 Group = dict[str, Any]
 Planned = tuple[Holding, Group]
@@ -235,7 +236,7 @@ def _at_once(local: Sequence[Held]) -> list[list[Held]]:
     for holding, member in local:
         if member.group["rule"] == "row_norm" and _is_copy(holding, member):
             buckets.setdefault(member.bucket(), []).append((holding, member))
-    return [bucket for bucket in buckets.values() if taken_by_rows([member for _, member in bucket])]
+    return [bucket for bucket in buckets.values() if taken_as_a_whole([member for _, member in bucket])]
 
 
 def _is_copy(holding: Holding, member: Member) -> bool:

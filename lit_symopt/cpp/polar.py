@@ -1,0 +1,322 @@
+r"""Polar factors by quintics in bfloat16, and whole steps of the spectral rules, by C++ on CPUs with AVX-512 BF16.
+
+    M ← β M + (1−β) G,  V = M           or, nesterov,  M ← β M + G,  V = G + β M
+    U = polar(V),       W ← (1 − lr·wd) W − lr·scale·U
+
+The iteration is that of `lit_symopt.linalg.low_precision`: the same quintics, the same form, the same norm to begin
+with. A matrix stays with one core from its gradient to its weight: it is read once, rounded to bfloat16, and iterated
+on in the cache; nothing is kept of it afterwards. Where there are fewer matrices than threads, or where workspaces of
+all threads would take too much memory, all threads share one matrix after another.
+
+Of symmetric products the upper half is computed, and every product of a form but those with X itself is symmetric, so
+that in the units of `lit_symopt.linalg.forms` a segment of k steps takes 3r + 4k − 3 in place of 4r + 8k − 6:
+
+| form | here | by whole products |
+|---|---|---|
+| (1, 1, 1, 1, 1) | 15r + 5 | 20r + 10 |
+| (2, 1, 2) | 9r + 11 | 12r + 22 |
+
+Sums with a multiple of X or of the identity are rounded once. Results do not depend on the number of threads. They
+differ from those of torch's products by rounding to bfloat16 in another order, and are as far from float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_symopt.cpp.batches import batches
+from lit_symopt.cpp.build import library
+from lit_symopt.errors import ConfigError
+from lit_symopt.linalg.forms import Form, choose_form
+from lit_symopt.linalg.low_precision import QUINTICS, STEPS, TRUSTED
+from lit_symopt.linalg.newton_schulz import SAFETY
+from lit_symopt.scratch import FRESH, MIB, Scratch
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the library calls dtypes."""
+
+MOST = 256 * MIB
+"""Bytes that workspaces of all threads may take, unless another bound is given; else all threads share one."""
+
+ALIGNED = 64
+"""Bytes in a register."""
+
+Batches = Sequence[Tensor]
+"""Matrices [K, m, n] of any strides, of one shape and dtype."""
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.POINTER(ctypes.c_void_p)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("tensors", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("threads", ctypes.c_int32),
+        ("workspaces", ctypes.c_int32),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+        ("quintics", ctypes.POINTER(ctypes.c_double)),
+        ("form", ctypes.POINTER(ctypes.c_int32)),
+        ("segments", ctypes.c_int32),
+        ("safety", ctypes.c_float),
+        ("trusted_low", ctypes.c_float),
+        ("trusted_high", ctypes.c_float),
+        ("gradient", _Matrices),
+        ("momentum", _Matrices),
+        ("beta", ctypes.c_float),
+        ("fresh", ctypes.c_float),
+        ("nesterov", ctypes.c_int32),
+        ("out", _Matrices),
+        ("weight", _Matrices),
+        ("keep", ctypes.POINTER(ctypes.c_float)),
+        ("rate", ctypes.POINTER(ctypes.c_float)),
+        ("parameter", _Matrices),
+    )
+
+
+@cache
+def supported() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers (AVX-512 BF16); compiles the library.
+
+    Raises:
+        ConfigError: if there is no compiler, or it fails.
+    """
+    return bool(_library().polar_supported())
+
+
+def workspace_bytes(m: int, n: int) -> int:
+    """What the iteration on a matrix m x n borrows, in bytes; results are written where they are asked for.
+
+    >>> workspace_bytes(512, 256) == 2 * (3 * 512 * 256 + 5 * 256 * 256)
+    True
+    """
+    longer, side = (-(-size // 16) * 16 for size in (max(m, n), min(m, n)))
+    found = 6 * longer * side + 10 * side * side
+    if longer > 4096:  # of longer sums parts are kept, in float32
+        found += 4 * -(-side // 64) * 64 * side
+    return -(-found // ALIGNED) * ALIGNED
+
+
+def operations(count: int, m: int, n: int, form: Form) -> float:
+    """Floating-point operations of `count` iterations on matrices m x n; a multiply-add as 2.
+
+    >>> operations(1, 20, 10, (2, 1, 2)) == (9 * 2 + 11) * 10**3
+    True
+    """
+    side, ratio = min(m, n), max(m, n) / min(m, n)
+    return float(count * side**3 * sum(3 * ratio + 4 * steps - 3 for steps in form))
+
+
+@torch.no_grad()
+def polar(x: Tensor, *, scratch: Scratch = FRESH, out: Tensor | None = None) -> Tensor:
+    """The polar factor of each matrix of `x` [..., m, n], not written, in its dtype.
+
+    Args:
+        x: real matrices, none of them empty, of any strides, in float32, bfloat16 or float16.
+        scratch: where the workspaces are borrowed, and the result without `out`.
+        out: of the shape of `x`, of any of these dtypes and any strides, sharing no memory with it.
+
+    Raises:
+        ConfigError: for another dtype, and where there is no compiler or no AVX-512 BF16.
+    """
+    result = scratch.like(x) if out is None else out
+    with scratch.lend():
+        for given, written in batches([[x.detach()], [result.detach()]]):
+            _run(given, [], [], [], written, scratch=scratch, bound=MOST)
+    return result
+
+
+@torch.no_grad()
+def spectral_step(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor] = (),
+    *,
+    lr: Sequence[float],
+    weight_decay: Sequence[float],
+    beta: float = 0.0,
+    nesterov: bool = False,
+    parameters: Sequence[Tensor] = (),
+    scratch: Scratch = FRESH,
+    bound: float = MOST,
+) -> None:
+    """A step of a spectral rule on each matrix of `weights`, each [..., m, n]; writes weights and momenta.
+
+    Args:
+        weights: float32, of one shape; any strides.
+        gradients: of the same shape, in float32, bfloat16 or float16.
+        momenta: float32, or empty for none: then V = G.
+        lr: of each tensor, learning rate times radius and scale.
+        weight_decay: of each, times its learning rate: the share of W that is lost.
+        beta, nesterov: of the momentum.
+        parameters: in half precision, get the new weights rounded; or empty.
+        scratch: where the workspaces are borrowed; call it inside `lend`.
+        bound: bytes that they may take, if those of one matrix take no more.
+
+    Raises:
+        ConfigError: for another dtype, and where there is no compiler or no AVX-512 BF16.
+    """
+    for kind, dtypes in (("weights", weights), ("momenta", momenta)):
+        if any(tensor.dtype != torch.float32 for tensor in dtypes):
+            raise ConfigError(f"{kind} of a step in C++ must be float32; choose backend 'eager'")
+    keep, count = [1.0 - decay for decay in weight_decay], len(weights)
+    lists = [[tensor.detach() for tensor in tensors] for tensors in (gradients, momenta, weights, parameters)]
+    for given, kept, written, rounded in batches(lists):
+        repeats = len(written) // count  # the parts of the first tensor, then those of the second
+        _run(
+            given,
+            kept,
+            written,
+            rounded,
+            [],
+            keep=[one for one in keep for _ in range(repeats)],
+            rate=[one for one in lr for _ in range(repeats)],
+            beta=beta,
+            fresh=1.0 if nesterov else 1.0 - beta,
+            nesterov=nesterov,
+            scratch=scratch,
+            bound=bound,
+        )
+    torch.autograd.graph.increment_version([*weights, *momenta, *parameters])
+
+
+def workspaces(count: int, m: int, n: int, *, bound: float = MOST) -> int:
+    """How many matrices are worked on at a time: as many as there are threads, or one by all of them."""
+    threads = min(torch.get_num_threads(), count)
+    return threads if threads * workspace_bytes(m, n) <= bound else 1
+
+
+def _run(
+    gradient: Batches,
+    momentum: Batches,
+    weight: Batches,
+    parameter: Batches,
+    out: Batches,
+    *,
+    keep: Sequence[float] = (),
+    rate: Sequence[float] = (),
+    beta: float = 0.0,
+    fresh: float = 1.0,
+    nesterov: bool = False,
+    scratch: Scratch,
+    bound: float,
+) -> None:
+    given = (gradient, momentum, weight, parameter, out)
+    if all(one.stride(1) == 1 for tensors in given for one in tensors):
+        # The polar factor of the transpose is the transpose: rows of memory are rows.
+        gradient, momentum, weight, parameter, out = ([one.mT for one in tensors] for tensors in given)
+    inner, m, n = gradient[0].shape
+    if not prod((inner, m, n)):
+        return
+    many = workspaces(len(gradient) * inner, m, n, bound=bound)
+    memory = scratch.empty((many * workspace_bytes(m, n) + ALIGNED,), dtype=torch.uint8, device=torch.device("cpu"))
+    form = choose_form(m, n, steps=STEPS)
+    _operator()(gradient, momentum, weight, parameter, out, memory, many, keep, rate, beta, fresh, nesterov, form)
+
+
+def _call(
+    gradient: Batches,
+    momentum: Batches,
+    weight: Batches,
+    parameter: Batches,
+    out: Batches,
+    memory: Tensor,
+    many: int,
+    keep: Sequence[float],
+    rate: Sequence[float],
+    beta: float,
+    fresh: float,
+    nesterov: bool,
+    form: Sequence[int],
+) -> None:
+    inner, m, n = gradient[0].shape
+    aligned = -(-memory.data_ptr() // ALIGNED) * ALIGNED
+    step = _Step(
+        tensors=len(gradient),
+        inner=inner,
+        m=m,
+        n=n,
+        threads=torch.get_num_threads(),
+        workspaces=many,
+        workspace=aligned,
+        workspace_bytes=workspace_bytes(m, n),
+        quintics=(ctypes.c_double * (3 * STEPS))(*[number for quintic in QUINTICS for number in quintic]),
+        form=(ctypes.c_int32 * len(form))(*form),
+        segments=len(form),
+        safety=SAFETY,
+        trusted_low=TRUSTED[0],
+        trusted_high=TRUSTED[1],
+        gradient=_matrices(gradient),
+        momentum=_matrices(momentum),
+        beta=beta,
+        fresh=fresh,
+        nesterov=nesterov,
+        out=_matrices(out),
+        weight=_matrices(weight),
+        keep=(ctypes.c_float * len(keep))(*keep),
+        rate=(ctypes.c_float * len(rate))(*rate),
+        parameter=_matrices(parameter),
+    )
+    _library().polar_step(ctypes.byref(step))
+
+
+def _matrices(tensors: Batches) -> _Matrices:
+    if not tensors:
+        return _Matrices()
+    dtype = tensors[0].dtype
+    if dtype not in CODES:
+        raise ConfigError(f"matrices in C++ are float32, bfloat16 or float16, not {dtype}; choose backend 'eager'")
+    data = (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    strides = (ctypes.c_int64 * (3 * len(tensors)))(*[stride for tensor in tensors for stride in tensor.stride()])
+    return _Matrices(data=data, strides=strides, dtype=CODES[dtype])
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    found = library("polar")
+    found.polar_workspace_bytes.restype = ctypes.c_int64
+    found.polar_workspace_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    found.polar_step.restype = None
+    return found
+
+
+@cache
+def _operator() -> Any:
+    """The call as an operator of torch, which profilers see, and whose operations `FlopCounterMode` counts."""
+    if not supported():
+        raise ConfigError("polar factors in C++ need a CPU with AVX-512 BF16; choose backend 'eager'")
+    made = torch.library.Library("lit_symopt", "FRAGMENT")
+    _KEPT.append(made)
+    made.define(
+        "polar_step(Tensor[] gradient, Tensor(a!)[] momentum, Tensor(b!)[] weight, Tensor(c!)[] parameter, "
+        "Tensor(d!)[] out, Tensor(e!) memory, int many, float[] keep, float[] rate, float beta, float fresh, "
+        "bool nesterov, int[] form) -> ()"
+    )
+    made.impl("polar_step", _call, "CPU")
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.lit_symopt.polar_step)
+    def _count(gradient: Any, *args: Any, **_: Any) -> int:
+        inner, m, n = gradient[0]
+        return int(operations(len(gradient) * inner, m, n, tuple(args[-1])))
+
+    return torch.ops.lit_symopt.polar_step.default
+
+
+_KEPT: list[torch.library.Library] = []
+"""Operators go with their library."""
