@@ -49,6 +49,8 @@ struct Step {
     Matrices parameter;        // the new weight, rounded
 };
 
+extern "C" int64_t polar_step_bytes() { return sizeof(Step); }  // of the caller's Step, too
+
 #ifdef __AVX512BF16__
 
 #include <immintrin.h>

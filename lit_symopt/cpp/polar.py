@@ -35,7 +35,7 @@ from lit_symopt.cpp.batches import batches
 from lit_symopt.cpp.build import library
 from lit_symopt.errors import ConfigError
 from lit_symopt.linalg.forms import Form, choose_form
-from lit_symopt.linalg.low_precision import QUINTICS, STEPS, TRUSTED
+from lit_symopt.linalg.low_precision import QUINTICS, STEPS, TRUSTED, peak
 from lit_symopt.linalg.newton_schulz import SAFETY
 from lit_symopt.scratch import FRESH, MIB, Scratch
 
@@ -127,17 +127,20 @@ def polar(x: Tensor, *, scratch: Scratch = FRESH, out: Tensor | None = None) -> 
     """The polar factor of each matrix of `x` [..., m, n], not written, in its dtype.
 
     Args:
-        x: real matrices, none of them empty, of any strides, in float32, bfloat16 or float16.
+        x: real matrices, none of them empty, of any floating dtype and any strides.
         scratch: where the workspaces are borrowed, and the result without `out`.
-        out: of the shape of `x`, of any of these dtypes and any strides, sharing no memory with it.
+        out: of the shape of `x`, in float32, bfloat16 or float16, of any strides, sharing no memory with it.
 
     Raises:
-        ConfigError: for another dtype, and where there is no compiler or no AVX-512 BF16.
+        ConfigError: where there is no compiler or no AVX-512 BF16.
     """
+    if x.dtype == torch.float64:
+        exponent = torch.frexp(peak(x)).exponent.clamp(-1000, 1000)  # powers of two change no digit
+        found = polar(torch.ldexp(x, -exponent).float(), scratch=scratch)
+        return found.double() if out is None else out.copy_(found)
     result = scratch.like(x) if out is None else out
-    with scratch.lend():
-        for given, written in batches([[x.detach()], [result.detach()]]):
-            _run(given, [], [], [], written, scratch=scratch, bound=MOST)
+    for given, written in batches([[x.detach()], [result.detach()]]):
+        _run(given, [], [], [], written, scratch=scratch, bound=MOST)
     return result
 
 
@@ -165,7 +168,7 @@ def spectral_step(
         weight_decay: of each, times its learning rate: the share of W that is lost.
         beta, nesterov: of the momentum.
         parameters: in half precision, get the new weights rounded; or empty.
-        scratch: where the workspaces are borrowed; call it inside `lend`.
+        scratch: where the workspaces are borrowed.
         bound: bytes that they may take, if those of one matrix take no more.
 
     Raises:
@@ -224,9 +227,11 @@ def _run(
     if not prod((inner, m, n)):
         return
     many = workspaces(len(gradient) * inner, m, n, bound=bound)
-    memory = scratch.empty((many * workspace_bytes(m, n) + ALIGNED,), dtype=torch.uint8, device=torch.device("cpu"))
     form = choose_form(m, n, steps=STEPS)
-    _operator()(gradient, momentum, weight, parameter, out, memory, many, keep, rate, beta, fresh, nesterov, form)
+    with scratch.lend():
+        size = many * workspace_bytes(m, n) + ALIGNED
+        memory = scratch.empty((size,), dtype=torch.uint8, device="cpu")
+        _operator()(gradient, momentum, weight, parameter, out, memory, many, keep, rate, beta, fresh, nesterov, form)
 
 
 def _call(
@@ -289,7 +294,7 @@ def _matrices(tensors: Batches) -> _Matrices:
 @cache
 def _library() -> ctypes.CDLL:
     found = library("polar")
-    found.polar_workspace_bytes.restype = ctypes.c_int64
+    found.polar_workspace_bytes.restype = found.polar_step_bytes.restype = ctypes.c_int64
     found.polar_workspace_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64]
     found.polar_step.restype = None
     return found

@@ -17,9 +17,11 @@ from lit_symopt import Block, BlockTaxonomy, Role, RoleConfig, SymOpt, SymOptCon
 from lit_symopt.backends import BACKENDS, chosen, require_backend, takes
 from lit_symopt.backends.choice import INSTALL, POLAR_RULES
 from lit_symopt.cli import main
+from lit_symopt.cpp.build import library
 from lit_symopt.errors import ConfigError
 from lit_symopt.rules.rows import POLAR
 from tests.cli.conftest import prepare
+from tests.cpp.places import NEEDS_BF16
 
 
 def optimizer(**options: Any) -> SymOpt:
@@ -68,7 +70,7 @@ def test_triton_on_a_cpu_is_refused_without_the_interpreter() -> None:
     assert re.search(r"group 'group0': backend='triton': .*(set TRITON_INTERPRET=1|not installed)", run.stdout)
 
 
-@pytest.mark.parametrize("backend", ["compile", "triton", "gram-newton-schulz"])
+@pytest.mark.parametrize("backend", ["cpp", "compile", "triton", "gram-newton-schulz"])
 def test_a_backend_is_refused_on_devices_it_does_not_know(backend: str) -> None:
     with pytest.raises(ConfigError, match=f"backend='{backend}': .* not on 'mps'; choose backend 'eager'"):
         require_backend(backend, "mps")
@@ -82,8 +84,10 @@ def test_the_package_that_is_not_installed_comes_with_its_command(monkeypatch: p
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"no 'no-such-compiler': install g\+\+"):
-        optimizer(backend="compile")
+    library.cache_clear()
+    for backend in ("compile", "cpp"):
+        with pytest.raises(ConfigError, match=r"no 'no-such-compiler': install g\+\+"):
+            optimizer(backend=backend)
     without(monkeypatch, "triton")
     with pytest.raises(ConfigError, match=r'pip install "lit-symopt\[triton\]"'):
         require_backend("compile", "cuda")
@@ -124,12 +128,26 @@ F32, F64 = torch.float32, torch.float64
         ("gram-newton-schulz", {"rule": "row_norm", "precision": "auto"}, F32, "cpu", None),
         ("gram-newton-schulz", {"rule": "spectral", "precision": "bf16"}, F32, "cpu", "polar"),
         ("triton", {"rule": "adamw", "precision": "auto"}, F32, "cuda", None),
+        pytest.param("cpp", {"rule": "spectral", "precision": "bf16"}, F32, "cpu", "spectral_step", marks=NEEDS_BF16),
+        pytest.param(
+            "cpp", {"rule": "spectral", "precision": "bf16", "centered": True}, F32, "cpu", "polar", marks=NEEDS_BF16
+        ),
+        pytest.param(
+            "cpp", {"rule": "spectral", "precision": "bf16", "scale": "nuclear"}, F32, "cpu", "polar", marks=NEEDS_BF16
+        ),
+        pytest.param("cpp", {"rule": "row_then_spectral", "precision": "bf16"}, F32, "cpu", "polar", marks=NEEDS_BF16),
+        ("cpp", {"rule": "spectral", "precision": "auto"}, F32, "cpu", None),
+        ("cpp", {"rule": "spectral", "precision": "fp16"}, F32, "cpu", None),
+        ("cpp", {"rule": "row_norm", "precision": "auto"}, F32, "cpu", "row_step"),
+        ("cpp", {"rule": "row_norm", "precision": "auto"}, F64, "cpu", None),
+        ("cpp", {"rule": "adamw", "precision": "auto"}, F32, "cpu", None),
     ],
 )
 def test_what_a_backend_takes_over(
     backend: Any, options: dict[str, Any], dtype: torch.dtype, device: str, part: str | None
 ) -> None:
-    assert takes(backend, {"scale": "rms", "eps": 1e-8, **options}, dtype=dtype, device_type=device) == part
+    options = {"scale": "rms", "centered": False, "eps": 1e-8, **options}
+    assert takes(backend, options, dtype=dtype, device_type=device) == part
 
 
 def test_rows_that_are_too_long_for_the_kernel_stay_eager() -> None:

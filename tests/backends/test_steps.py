@@ -1,4 +1,4 @@
-"""Backends from end to end: steps of `SymOpt` by `compile` and by `triton` against those by `eager`."""
+"""Backends from end to end: steps of `SymOpt` by `compile`, by `cpp` and by `triton` against those by `eager`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 from lit_symopt import Block, BlockTaxonomy, Layout, Role, RoleConfig, SymOpt, SymOptConfig
 from lit_symopt.errors import GradientError
 from lit_symopt.finite import FiniteCheck
-from lit_symopt.rules.rows import POLAR
+from lit_symopt.rules.rows import POLAR, SPECTRAL
+from tests.cpp.places import NEEDS_BF16
 from tests.matrices import generator
 from tests.triton_places import NEEDS_TRITON, Run
 
@@ -126,7 +127,8 @@ def check(found: dict[str, dict[str, Any]], backend: str, case: str) -> None:
     for name, of in found.items():
         assert of["momentum"] < 1e-5, name
         if of["rule"] in POLAR:
-            part, bound = "the polar factor", 0.06
+            whole = backend == "cpp" and of["rule"] in SPECTRAL
+            part, bound = "the whole step" if whole else "the polar factor", 0.06
         elif of["rule"] == "row_norm":
             part, bound = "the whole step", 2e-4
         else:
@@ -138,7 +140,10 @@ def check(found: dict[str, dict[str, Any]], backend: str, case: str) -> None:
         parts.add(part)
     # Else this would compare eager with itself: other products, rounded otherwise.
     assert any(of["error"] > 0 for of in found.values() if of["rule"] in POLAR)
-    assert {"the polar factor", None} <= parts
+    assert None in parts
+    if backend == "cpp":
+        return
+    assert "the polar factor" in parts
     rows = CASES[case]["stack"] == "symmetric" and case != "symmetric, tied"  # whose embedding is a head
     assert ("the whole step" in parts) == rows
 
@@ -183,6 +188,21 @@ def test_compiled_steps_are_the_eager_ones(case: str) -> None:
 @pytest.mark.parametrize("case", ["symmetric", "symmetric, bfloat16"])
 def test_a_compiled_step_that_is_refused_changes_nothing(case: str) -> None:
     assert refused_steps("compile", case, "cpu") == []
+
+
+# ---- C++
+
+
+@NEEDS_BF16
+@pytest.mark.parametrize("case", CASES)
+def test_steps_in_cpp_are_the_eager_ones(case: str) -> None:
+    check(steps("cpp", case, "cpu"), "cpp", case)
+
+
+@NEEDS_BF16
+@pytest.mark.parametrize("case", ["symmetric", "symmetric, bfloat16"])
+def test_a_step_in_cpp_that_is_refused_changes_nothing(case: str) -> None:
+    assert refused_steps("cpp", case, "cpu") == []
 
 
 # ---- triton

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from shutil import which
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ from lit_symopt.cpp.row_step import CHUNK, GATHERED, SMALL, row_step, scratch_by
 from lit_symopt.errors import ConfigError
 from lit_symopt.row_step import row_step as eager_row_step
 from lit_symopt.scratch import Arena
+from tests.cpp.places import NEEDS_COMPILER
 from tests.matrices import generator
 
-pytestmark = pytest.mark.skipif(which("g++") is None, reason="kernels in C++ need a compiler")
+pytestmark = NEEDS_COMPILER
 
 LR, DECAY = 1e-2, 0.1
 STEPS = 3
