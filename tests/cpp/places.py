@@ -15,4 +15,5 @@ def _multiplies_bfloat16() -> bool:
     return which("g++") is not None and supported()
 
 
-NEEDS_BF16 = pytest.mark.skipif(not _multiplies_bfloat16(), reason="needs a compiler and a CPU with AVX-512 BF16")
+MULTIPLIES_BF16 = _multiplies_bfloat16()
+NEEDS_BF16 = pytest.mark.skipif(not MULTIPLIES_BF16, reason="needs a compiler and a CPU with AVX-512 BF16")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_symopt.layout import Layout
+from lit_symopt.linalg import Execution
 from lit_symopt.sharding.holdings import Placement, Segment
 from lit_symopt.sharding.plan import OPTIONS, Block
 from lit_symopt.update import direction_to_update
@@ -89,8 +90,13 @@ def segments(blocks: Sequence[Block], rank: int) -> dict[str, Segment]:
 
 def expected(one: Block, direction: Tensor) -> Tensor:
     """The update that one device computes: the oracle."""
+    group = one.named_options()
     whole = direction_to_update(
-        direction[None], group=one.named_options(), layout=one.layout, shape=one.placement.shape
+        direction[None],
+        group=group,
+        layout=one.layout,
+        shape=one.placement.shape,
+        how=Execution(backend=group["backend"]),
     )
     return whole[0]
 

@@ -10,6 +10,7 @@ import torch
 from lit_symopt.sharding.exchange import Exchange
 from lit_symopt.sharding.plan import Block, Plan, Route, make_plan
 from lit_symopt.sharding.transport import Transport
+from tests.cpp.places import MULTIPLIES_BF16
 from tests.sharding.cuts import (
     LAYOUTS,
     block,
@@ -43,6 +44,11 @@ OPTIONS = [
     options("sign", centered=True),
     options("adamw", centered=True),
 ]
+if MULTIPLIES_BF16:
+    OPTIONS += [
+        options("spectral", precision="bf16", backend="cpp"),
+        options("row_then_spectral", centered=True, precision="bf16", backend="cpp"),
+    ]
 
 
 def blocks_cut(kind: str, world: int, chosen: list[tuple[Any, ...]], seed: int) -> list[Block]:

@@ -101,6 +101,7 @@ RULES: dict[str, dict[str, object]] = {
 }
 RULES["rule row_norm, damped"] = {**RULES["rule row_norm"], "row_damping": 0.1}
 RULES["rule row_norm, centered, damped"] = {**RULES["rule row_norm, centered"], "row_damping": 0.1}
+RULES["rule row_norm, damped, in C++"] = {**RULES["rule row_norm, damped"], "backend": "cpp"}
 RULES["rule spectral, nesterov"] = {**RULES["rule spectral"], "momentum_kind": "nesterov"}
 RULES["rule spectral, exact"] = {**RULES["rule spectral"], "precision": "exact"}
 RULES["rule spectral, without momentum"] = {**RULES["rule spectral"], "momentum": 0.0}
@@ -114,6 +115,9 @@ def core() -> Iterator[Case]:
     for strategy in ("ddp", "zero2", "zero3", "fsdp2"):
         yield Case(work=Work(family="olmoe", stack="muon"), strategy=strategy)
         yield Case(work=Work(family="qwen3", stack="rule row_then_spectral, centered"), strategy=strategy)
+    in_cpp = Work(family="qwen3", stack="rule row_norm, damped, in C++")
+    yield Case(work=in_cpp, strategy="ddp")
+    yield Case(work=in_cpp, strategy="zero3")
     yield Case(work=Work(family="qwen3", stack="symmetric", half=True), strategy="bf16")
 
 
