@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lit_symopt.backends import check_backend
 from lit_symopt.bench.contest import Contestant, short
 from lit_symopt.bench.counting import launches
 from lit_symopt.bench.opponents import Opponent, adamw, opponents
@@ -81,8 +82,7 @@ def steps(
         if name == ours.name:
             continue
         if name.startswith(PREFIX):
-            other = symopt(shapes, numbers, stack=name.removeprefix(PREFIX), **options)
-            found.append(as_contestant(other, name=name))
+            found.append(as_contestant(symopt(shapes, numbers, **{**options, **named(name)}), name=name))
             continue
         if (missing := known[name].missing()) is not None:
             absent[name] = missing
@@ -102,7 +102,9 @@ def bare_products(shapes: ShapeList, numbers: Numbers, *, stack: str, **options:
     """
     hidden = shapes.only(is_hidden, name=f"hidden matrices of {shapes.name}")
     optimizer = symopt(hidden, numbers, stack=stack, **options)
-    found = products_of(optimizer.step)
+    # Kernels of a backend are no calls of torch.bmm, and may take fewer operations: what torch needs is the measure.
+    watched = symopt(hidden, numbers, stack=stack, **{**options, "backend": "eager"})
+    found = products_of(watched.step)
     if not found:
         raise ConfigError(f"--case products: the stack {stack} multiplies no matrices; use muon or symmetric")
     ours = as_contestant(optimizer, name=PREFIX + stack)
@@ -110,7 +112,7 @@ def bare_products(shapes: ShapeList, numbers: Numbers, *, stack: str, **options:
     alone = Contestant(
         name="products alone",
         step=replay(found, numbers.device),
-        about=f"{len(found)} calls of torch.bmm on ready buffers, the products of a step",
+        about=f"{len(found)} calls of torch.bmm on ready buffers, the products of an eager step",
         products=kind,
     )
     return Case(
@@ -121,14 +123,27 @@ def bare_products(shapes: ShapeList, numbers: Numbers, *, stack: str, **options:
     )
 
 
-def row_norm(numbers: Numbers, *, checkouts: dict[str, Path]) -> Case:
-    """A row norm of an embedding, with the check for numbers that are not finite, as the symmetric stack has it."""
+def row_norm(numbers: Numbers, *, checkouts: dict[str, Path], **options: Any) -> Case:
+    """A row norm of an embedding, with the check for numbers that are not finite: that of `symmetric` and simpler ones.
+
+    Args:
+        numbers: what everybody updates.
+        checkouts: paths by name; that of the paper is used.
+        options: backend and scratch of ours, as of `symopt`.
+    """
     embedding = Block("embedding.weight", role=Role.EMBEDDING, shape=EMBEDDING)
     shapes = ShapeList(name="embedding_50304x512", blocks=(embedding,))
-    undamped = {"embedding": RoleConfig(row_damping=0.0)}
+    plain = RoleConfig(row_damping=0.0, momentum=0.95, momentum_kind="ema")
+    kinds = {
+        "row_norm": ("of the stack symmetric: Nesterov's momentum, damped", RoleConfig()),
+        "row_norm, row_damping=0": ("without damping", RoleConfig(row_damping=0.0)),
+        "row_norm, plain": ("without damping, momentum a mean, as the paper's", plain),
+    }
     contestants = [
-        as_contestant(symopt(shapes, numbers, stack="symmetric"), name="row_norm", about="of the stack symmetric"),
-        as_contestant(symopt(shapes, numbers, stack="symmetric", roles=undamped), name="row_norm, row_damping=0"),
+        as_contestant(
+            symopt(shapes, numbers, stack="symmetric", roles={"embedding": role}, **options), name=name, about=about
+        )
+        for name, (about, role) in kinds.items()
     ]
     parameters = list(as_module(shapes, numbers).parameters())
     (fused,) = adamw(parameters, numbers.lr)
@@ -186,9 +201,20 @@ def _refuse_unknown(name: str, known: dict[str, Opponent]) -> None:
     from lit_symopt.stacks import get_stack
 
     if name.startswith(PREFIX):
-        get_stack(name.removeprefix(PREFIX))
+        get_stack(named(name)["stack"])
+        check_backend(named(name).get("backend", "auto"), f"--against {name}: ")
     elif name not in known:
-        raise ConfigError(f"--against {name}: unknown; known: {', '.join(known)}, {PREFIX}<stack>")
+        raise ConfigError(f"--against {name}: unknown; known: {', '.join(known)}, {PREFIX}<stack>[@<backend>]")
+
+
+def named(name: str) -> dict[str, str]:
+    """Stack, and backend if it is not that of the others, of one of ours.
+
+    >>> named("symopt:muon"), named("symopt:muon@eager")
+    ({'stack': 'muon'}, {'stack': 'muon', 'backend': 'eager'})
+    """
+    stack, at, backend = name.removeprefix(PREFIX).partition("@")
+    return {"stack": stack, "backend": backend} if at else {"stack": stack}
 
 
 def described(shapes: ShapeList) -> dict[str, Any]:

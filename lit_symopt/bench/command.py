@@ -84,7 +84,7 @@ def _options() -> ArgumentParser:
         default="",
         metavar="NAMES",
         help="adamw, adamw_fused, torch_muon, deepspeed_muon, pytorch_optimizer_muon, gram_newton_schulz, dion, "
-        "emerging_optimizers, paper, symopt:<stack>; separated by commas",
+        "emerging_optimizers, paper, symopt:<stack>, symopt:<stack>@<backend>; separated by commas",
     )
     parser.add_argument(
         "--checkout",

@@ -103,7 +103,7 @@ def _options(given: Namespace) -> dict[str, Any]:
 def _case(given: Namespace, numbers: Numbers, ranges: dict[str, Range]) -> cases.Case:
     options = _options(given)
     if given.case == "row_norm":
-        return cases.row_norm(numbers, checkouts=given.checkout)
+        return cases.row_norm(numbers, checkouts=given.checkout, backend=given.backend, scratch=given.scratch)
     shapes = shape_list(given.shapes, layers=given.layers)
     sides = checked_shapes(shapes)
     ours = range_of_ours(sides, numbers, **options) if sides else None
@@ -118,8 +118,7 @@ def _case(given: Namespace, numbers: Numbers, ranges: dict[str, Range]) -> cases
             continue
         try:
             if contestant.name.startswith(PREFIX):
-                stack = contestant.name.removeprefix(PREFIX)
-                found = range_of_ours(sides, numbers, **{**options, "stack": stack})
+                found = range_of_ours(sides, numbers, **{**options, **cases.named(contestant.name)})
             else:
                 found = range_of_opponent(known[contestant.name], sides, numbers)
         except Exception as error:  # noqa: BLE001  an opponent may fail in any way, and the others go on

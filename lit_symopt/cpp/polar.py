@@ -139,7 +139,7 @@ def polar(x: Tensor, *, scratch: Scratch = FRESH, out: Tensor | None = None) -> 
         found = polar(torch.ldexp(x, -exponent).float(), scratch=scratch)
         return found.double() if out is None else out.copy_(found)
     result = scratch.like(x) if out is None else out
-    for given, written in batches([[x.detach()], [result.detach()]]):
+    for given, written in batches([[x], [result]]):
         _run(given, [], [], [], written, scratch=scratch, bound=MOST)
     return result
 
@@ -178,8 +178,7 @@ def spectral_step(
         if any(tensor.dtype != torch.float32 for tensor in dtypes):
             raise ConfigError(f"{kind} of a step in C++ must be float32; choose backend 'eager'")
     keep, count = [1.0 - decay for decay in weight_decay], len(weights)
-    lists = [[tensor.detach() for tensor in tensors] for tensors in (gradients, momenta, weights, parameters)]
-    for given, kept, written, rounded in batches(lists):
+    for given, kept, written, rounded in batches([gradients, momenta, weights, parameters]):
         repeats = len(written) // count  # the parts of the first tensor, then those of the second
         _run(
             given,
