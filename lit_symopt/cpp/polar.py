@@ -34,7 +34,7 @@ from torch import Tensor
 from lit_symopt.cpp.batches import batches
 from lit_symopt.cpp.build import library
 from lit_symopt.errors import ConfigError
-from lit_symopt.linalg.forms import Form, choose_form
+from lit_symopt.linalg.forms import choose_form, form_operations
 from lit_symopt.linalg.low_precision import QUINTICS, STEPS, TRUSTED, peak
 from lit_symopt.linalg.newton_schulz import SAFETY
 from lit_symopt.scratch import FRESH, MIB, Scratch
@@ -110,16 +110,6 @@ def workspace_bytes(m: int, n: int) -> int:
     if longer > 4096:  # of longer sums parts are kept, in float32
         found += 4 * -(-side // 64) * 64 * side
     return -(-found // ALIGNED) * ALIGNED
-
-
-def operations(count: int, m: int, n: int, form: Form) -> float:
-    """Floating-point operations of `count` iterations on matrices m x n; a multiply-add as 2.
-
-    >>> operations(1, 20, 10, (2, 1, 2)) == (9 * 2 + 11) * 10**3
-    True
-    """
-    side, ratio = min(m, n), max(m, n) / min(m, n)
-    return float(count * side**3 * sum(3 * ratio + 4 * steps - 3 for steps in form))
 
 
 @torch.no_grad()
@@ -317,7 +307,7 @@ def _operator() -> Any:
     @register_flop_formula(torch.ops.lit_symopt.polar_step)
     def _count(gradient: Any, *args: Any, **_: Any) -> int:
         inner, m, n = gradient[0]
-        return int(operations(len(gradient) * inner, m, n, tuple(args[-1])))
+        return int(len(gradient) * inner * form_operations(tuple(args[-1]), m=m, n=n, halved="everything"))
 
     return torch.ops.lit_symopt.polar_step.default
 

@@ -37,6 +37,8 @@ and with heavy tails, s from 6 to 128, r from 1 to 5; with 1.01 each form diverg
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 Form = tuple[int, ...]
@@ -62,14 +64,21 @@ def plain(steps: int) -> Form:
     return (1,) * steps
 
 
-def form_operations(form: Form, *, m: int, n: int) -> int:
+Halved = Literal["nothing", "squares", "everything"]
+"""Of which symmetric products only one half is computed: XᵀX and G², or those and Q P, P G and (P G) P."""
+
+
+def form_operations(form: Form, *, m: int, n: int, halved: Halved = "nothing") -> int:
     """Floating-point operations of the products of an iteration on a matrix m x n; a multiply-add as 2.
 
     >>> form_operations((2, 1, 2), m=20, n=10) == (12 * 2 + 22) * 10**3
     True
+    >>> form_operations((2, 1, 2), m=20, n=10, halved="everything") == (9 * 2 + 11) * 10**3
+    True
     """
     long, side = max(m, n), min(m, n)
-    return sum(4 * long * side**2 + (2 * steps + 6 * (steps - 1)) * side**3 for steps in form)
+    squares, others = 2 if halved == "nothing" else 1, 3 if halved == "everything" else 6
+    return sum((2 + squares) * long * side**2 + (squares * steps + others * (steps - 1)) * side**3 for steps in form)
 
 
 def choose_form(m: int, n: int, *, steps: int, dtype: torch.dtype = torch.bfloat16) -> Form:

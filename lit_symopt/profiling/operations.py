@@ -16,6 +16,8 @@ blocks are n/2 × n/2, and 1/4 of that for the merges before, and so on, 4n³/3;
 (The QR algorithm would take 9n³.) `svd` is the cheaper of the Golub-Reinsch and the R-bidiagonalization algorithms with
 U₁, Σ and V.
 
+The backends `triton` and `cpp` compute one half of symmetric products (`HALVED`).
+
 On a CPU a batch of `bf16` in which a norm is out of the usual range takes its first Gram matrices twice, after it was
 scaled; that is not counted.
 
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 
-from lit_symopt.linalg.forms import choose_form, form_operations
+from lit_symopt.linalg.forms import Halved, choose_form, form_operations
 from lit_symopt.linalg.low_precision import DTYPES, STEPS
 from lit_symopt.linalg.newton_schulz import GRAM_STEPS
 from lit_symopt.linalg.polar import Method, method_for
@@ -78,7 +80,13 @@ class Operations:
         return self.products + self.decompositions + self.elementwise
 
 
-def polar_operations(method: Method, *, m: int, n: int, count: int = 1, rows: int | None = None) -> Operations:
+HALVED: Mapping[str, Halved] = {"triton": "squares", "cpp": "everything"}
+"""By backend, of a polar factor in bfloat16: symmetric products of which one half is computed."""
+
+
+def polar_operations(
+    method: Method, *, m: int, n: int, count: int = 1, rows: int | None = None, backend: str = "auto"
+) -> Operations:
     """The polar factors of `count` matrices m x n by a method.
 
     Args:
@@ -86,6 +94,7 @@ def polar_operations(method: Method, *, m: int, n: int, count: int = 1, rows: in
         m, n: of each whole matrix; which side is the shorter one does not matter.
         count: number of matrices.
         rows: row shards: how many of the m rows are here. The n x n root is computed wherever a row may be.
+        backend: of the group.
 
     Example:
         >>> polar_operations("eigh", m=300, n=100).products  # 4 m n² + 2 n³
@@ -95,7 +104,8 @@ def polar_operations(method: Method, *, m: int, n: int, count: int = 1, rows: in
     by_rows, cube = float(2 * long * n * n), float(n**3)
     if method in DTYPES:
         form = choose_form(long, n, steps=STEPS, dtype=DTYPES[method])
-        return Operations(products=float(count * form_operations(form, m=long, n=n)))
+        halved = HALVED.get(backend, "nothing") if method == "bf16" else "nothing"
+        return Operations(products=float(count * form_operations(form, m=long, n=n, halved=halved)))
     if method == "iteration":
         in_gram = 4 + 8 * GRAM_STEPS + 4
         return Operations(products=count * (2 * by_rows + in_gram * cube), decompositions=count * (1 / 3 + 2) * cube)
@@ -118,7 +128,7 @@ def rule_operations(
     """Rule and scale of `count` matrices m x n; of AdamW only what centering its step takes.
 
     Args:
-        options: of a group: `rule`, `centered`, `scale`, `precision`.
+        options: of a group: `rule`, `centered`, `scale`, `precision`, and `backend` if it is not `auto`.
         m, n: of each whole matrix; rows are units.
         count: number of matrices.
         rows: row shards: how many of the m rows are here.
@@ -148,7 +158,8 @@ def rule_operations(
     found = Operations(elementwise=each * entries)
     if rule.name in POLAR and m and n:
         method = method_for(options["precision"], dtype=dtype, device_type=device_type, side=min(m, n))
-        found += polar_operations(method, m=m, n=n, count=count, rows=rows)
+        backend = str(options.get("backend", "auto"))
+        found += polar_operations(method, m=m, n=n, count=count, rows=rows, backend=backend)
     return found
 
 

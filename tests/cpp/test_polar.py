@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_symopt import Layout, SymOpt
 from lit_symopt.cpp import polar as module
-from lit_symopt.cpp.polar import _library, operations, polar, spectral_step, workspace_bytes, workspaces
+from lit_symopt.cpp.polar import _library, polar, spectral_step, workspace_bytes, workspaces
 from lit_symopt.errors import ConfigError
-from lit_symopt.linalg.forms import choose_form
 from lit_symopt.linalg.low_precision import polar_by_quintics
+from lit_symopt.profiling.expected import expected_operations
 from lit_symopt.scratch import MIB, Arena
 from tests.cpp.places import NEEDS_BF16
 from tests.linalg.test_newton_schulz import HARD
@@ -341,10 +341,18 @@ def test_operations_are_counted_and_seen_by_their_name() -> None:
     x = randn(3, 64, 256)
     with FlopCounterMode(display=False) as counter:
         polar(x)
-    assert counter.get_total_flops() == int(operations(3, 64, 256, choose_form(64, 256, steps=5)))
+    assert counter.get_total_flops() == 3 * (9 * 4 + 11) * 64**3  # of the form (2, 1, 2), see the module
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         polar(x)
     assert "lit_symopt::polar_step" in {event.key for event in profiler.key_averages()}
+
+
+def test_the_products_that_a_profile_expects_are_those_that_are_counted() -> None:
+    ours = optimizer(2, (128, 64))
+    with FlopCounterMode(display=False) as counter:
+        ours.step()
+    expected = sum(one.products for one in expected_operations(ours).values())
+    assert counter.get_total_flops() == expected == 2 * (9 * 2 + 11) * 64**3
 
 
 def test_launches_do_not_grow_with_the_number_of_matrices() -> None:
