@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lit_symopt.cpp.batches import batches
 from lit_symopt.cpp.build import library
+from lit_symopt.cpp.operators import operator
 from lit_symopt.errors import ConfigError
 from lit_symopt.linalg.forms import choose_form, form_operations
 from lit_symopt.linalg.low_precision import QUINTICS, STEPS, TRUSTED, peak
@@ -91,7 +92,7 @@ class _Step(ctypes.Structure):
 
 @cache
 def supported() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers (AVX-512 BF16); compiles the library.
+    """Whether this CPU has AVX-512 BF16, and no AMX, whose products in torch are faster still; compiles the library.
 
     Raises:
         ConfigError: if there is no compiler, or it fails.
@@ -289,28 +290,23 @@ def _library() -> ctypes.CDLL:
     return found
 
 
+SCHEMA = """polar_step(
+    Tensor[] gradient, Tensor(a!)[] momentum, Tensor(b!)[] weight, Tensor(c!)[] parameter, Tensor(d!)[] out,
+    Tensor(e!) memory, int many, float[] keep, float[] rate, float beta, float fresh, bool nesterov, int[] form
+) -> ()"""
+
+
 @cache
 def _operator() -> Any:
     """The call as an operator of torch, which profilers see, and whose operations `FlopCounterMode` counts."""
     if not supported():
-        raise ConfigError("polar factors in C++ need a CPU with AVX-512 BF16; choose backend 'eager'")
-    made = torch.library.Library("lit_symopt", "FRAGMENT")
-    _KEPT.append(made)
-    made.define(
-        "polar_step(Tensor[] gradient, Tensor(a!)[] momentum, Tensor(b!)[] weight, Tensor(c!)[] parameter, "
-        "Tensor(d!)[] out, Tensor(e!) memory, int many, float[] keep, float[] rate, float beta, float fresh, "
-        "bool nesterov, int[] form) -> ()"
-    )
-    made.impl("polar_step", _call, "CPU")
+        raise ConfigError("polar factors in C++ need a CPU with AVX-512 BF16 and without AMX; choose backend 'eager'")
+    found = operator(SCHEMA, _call)
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula(torch.ops.lit_symopt.polar_step)
+    @register_flop_formula(found)
     def _count(gradient: Any, *args: Any, **_: Any) -> int:
         inner, m, n = gradient[0]
         return int(len(gradient) * inner * form_operations(tuple(args[-1]), m=m, n=n, halved="everything"))
 
-    return torch.ops.lit_symopt.polar_step.default
-
-
-_KEPT: list[torch.library.Library] = []
-"""Operators go with their library."""
+    return found.default

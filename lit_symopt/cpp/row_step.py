@@ -43,6 +43,7 @@ from torch import Tensor
 
 from lit_symopt.cpp.batches import batches
 from lit_symopt.cpp.build import library
+from lit_symopt.cpp.operators import operator
 from lit_symopt.errors import ConfigError
 from lit_symopt.scratch import ALIGNED, FRESH, Scratch
 
@@ -147,7 +148,7 @@ def row_step(
         sizes = _sizes(lists[0][0].shape, centered=centered, damped=row_damping != 0, block=_block(one))
         with scratch.lend():
             borrowed = scratch.empty((sum(sizes),), dtype=torch.float64, device="cpu")
-            _operator()[0](*one, borrowed, beta, nesterov, rate * decay, rate * scale, row_damping, centered)
+            _operator()(*one, borrowed, beta, nesterov, rate * decay, rate * scale, row_damping, centered)
     torch.autograd.graph.increment_version([one for one in (weight, momentum, parameter) if one is not None])
 
 
@@ -158,12 +159,8 @@ SCHEMA = """row_step(
 
 
 @cache
-def _operator() -> tuple[Any, torch.library.Library]:
-    """`_call` as an operator of torch, by the name of which profilers know it, and what must live as long as it."""
-    fragment = torch.library.Library("lit_symopt", "FRAGMENT")
-    fragment.define(SCHEMA)
-    fragment.impl(NAME, _call, "CPU")
-    return torch.ops.lit_symopt.row_step.default, fragment
+def _operator() -> Any:
+    return operator(SCHEMA, _call).default
 
 
 def _call(
