@@ -50,8 +50,8 @@ struct Step {
     int32_t nesterov;   // V = G + beta M
     Matrices out;       // U, or without it
     Matrices weight;    // W <- keep W - rate U
-    const float *keep, *rate;  // of each tensor
-    Matrices parameter;        // the new weight, rounded
+    const float *keep, *rate;   // of each tensor
+    Matrices parameter;         // the new weight, rounded
 };
 
 extern "C" int64_t polar_step_bytes() { return sizeof(Step); }  // of the caller's Step, too
@@ -66,7 +66,7 @@ namespace {
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 constexpr int PANEL = 64, BLOCK = 16;
-constexpr int AHEAD = 4;  // rows that are fetched before they are needed
+constexpr int AHEAD = 4;           // rows that are fetched before they are needed
 constexpr int64_t LONGEST = 2048;  // words of a panel that are summed at once: half a megabyte, which a cache holds
 
 using Word = uint32_t;  // two bfloat16 numbers
@@ -198,7 +198,8 @@ struct View {
             return;
         }
         if (column == 1) {
-            for (int r = 0; r < R; ++r) x[r] = i + r < m ? load16(at(i + r, j), dtype, first(n - j)) : _mm512_setzero_ps();
+            for (int r = 0; r < R; ++r)
+                x[r] = i + r < m ? load16(at(i + r, j), dtype, first(n - j)) : _mm512_setzero_ps();
             return;
         }
         if constexpr (R == BLOCK) {
@@ -358,17 +359,19 @@ void store_symmetric(const Panels& s, int64_t i, int64_t j, const __m512 (&x)[BL
             y[r + 2 * h + 1] = _mm512_unpackhi_epi64(z[r + h], z[r + 2 + h]);
         }
     }
-    const __m512i lower = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0), upper = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
+    const __m512i lower = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0);
+    const __m512i upper = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
     for (int q = 0; q < 4; ++q) {
         _mm512_storeu_si512(s.at(j / 2 + q, i), _mm512_permutex2var_epi64(y[q], lower, y[4 + q]));
         _mm512_storeu_si512(s.at(j / 2 + 4 + q, i), _mm512_permutex2var_epi64(y[q], upper, y[4 + q]));
     }
 }
 
-// out <- alpha A^T B + beta D + delta I, for what is symmetric.
+// out <- alpha A^T B + beta D + delta I, for what is symmetric. Of long sums `partial` keeps the parts.
 void symmetric_product(const Team& team, const Panels& a, const Panels& b, float alpha, const Panels* d, float beta,
                        float delta, const Panels& out, float* partial) {
     const int64_t side = out.columns;
+    const bool in_parts = b.pairs > LONGEST;
     for (int64_t begin = 0; begin < b.pairs; begin += LONGEST) {
         int64_t pairs = std::min(LONGEST, b.pairs - begin);
         bool last = begin + pairs == b.pairs;
@@ -377,11 +380,12 @@ void symmetric_product(const Team& team, const Panels& a, const Panels& b, float
             for (int64_t i = BLOCK * team.rank; i < end; i += BLOCK * team.size) {  // rows above the diagonal
                 int64_t from = std::max(panel, i);
                 Tile local;
-                Tile& tile = partial ? *(Tile*)(partial + panel * side + i * PANEL) : local;
+                Tile& tile = in_parts ? *(Tile*)(partial + panel * side + i * PANEL) : local;
                 multiply_block({a.at(0, i), 1, a.width(i)}, b, begin, pairs, from, tile, begin > 0);
                 for (int64_t j = from; last && j < end; j += BLOCK) {
                     __m512 x[BLOCK];
-                    for (int r = 0; r < BLOCK; ++r) x[r] = _mm512_mul_ps(_mm512_loadu_ps(tile[r] + j % PANEL), _mm512_set1_ps(alpha));
+                    for (int r = 0; r < BLOCK; ++r)
+                        x[r] = _mm512_mul_ps(_mm512_loadu_ps(tile[r] + j % PANEL), _mm512_set1_ps(alpha));
                     for (int r = 0; d && r < BLOCK; r += 2) {
                         __m512i words = _mm512_loadu_si512(d->at((i + r) / 2, j));
                         x[r] = _mm512_fmadd_ps(low(words), _mm512_set1_ps(beta), x[r]);
@@ -502,7 +506,7 @@ class Iteration {
         return found;
     }
 
-    // Y <- V times a power of two. Where memory is in rows it is read along them, two at a time, since panels hold pairs.
+    // Y <- V times a power of two. Where memory is in rows it is read along them, two at a time: panels hold pairs.
     void take_direction(float unit, bool update) {
         const Direction v = direction(update);  // a copy, which stays in registers; so do others below
         const __m512 by = _mm512_set1_ps(unit);
@@ -595,7 +599,7 @@ class Iteration {
 
     void polynomial(const Panels& g, const double* abc, float unit, bool identity, const Panels& out) const {
         float a = identity ? (float)abc[0] : 0, b = (float)abc[1] * unit, c = (float)abc[2] * unit * unit;
-        symmetric_product(team_, g, g, c, &g, b, a, out, nullptr);
+        symmetric_product(team_, g, g, c, &g, b, a, out, partial_);
     }
 
     // Products take Y as it is: what it must be multiplied by, `scale`, goes into the first factor after it.
@@ -615,11 +619,11 @@ class Iteration {
             abc += 3;
             float square = unit * unit;
             for (int later = 1; later < count; ++later, abc += 3, square = 1) {
-                symmetric_product(team_, *g, *p, square, nullptr, 0, 0, *s, nullptr);  // G P
-                symmetric_product(team_, *p, *s, 1, nullptr, 0, 0, *t, nullptr);       // P G P
+                symmetric_product(team_, *g, *p, square, nullptr, 0, 0, *s, partial_);  // G P
+                symmetric_product(team_, *p, *s, 1, nullptr, 0, 0, *t, partial_);       // P G P
                 std::swap(g, t);
                 polynomial(*g, abc, 1, true, *s);
-                symmetric_product(team_, *q, *s, 1, nullptr, 0, 0, *t, nullptr);
+                symmetric_product(team_, *q, *s, 1, nullptr, 0, 0, *t, partial_);
                 Panels *old_p = p, *old_q = q;
                 q = t, p = s, s = old_p;
                 t = old_q == old_p ? spare : old_q;

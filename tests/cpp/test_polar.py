@@ -50,6 +50,11 @@ def test_the_polar_factor_is_that_of_torchs_products_up_to_rounding(shape: tuple
     assert relative_error(found, polar_by_quintics(x)) <= 0.03  # eight bits, five steps
 
 
+def test_sums_that_are_longer_than_a_panel_are_put_together() -> None:
+    x = randn(4110, 4100)  # the products of the Gram matrices, too
+    assert relative_error(polar(x), polar_by_quintics(x)) <= 0.05
+
+
 @pytest.mark.parametrize(("m", "n"), [(128, 32), (256, 128), (128, 384), (512, 256)])
 @pytest.mark.parametrize(("spread", "bound"), [(1e2, 0.06), (1e3, 0.35)])
 def test_it_is_as_close_to_float64_as_the_table_of_polar_promises(m: int, n: int, spread: float, bound: float) -> None:
