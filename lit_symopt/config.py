@@ -126,11 +126,12 @@ class SymOptConfig:
         precision: arithmetic of polar factors for all roles.
         roles: overrides by role, such as `{"embedding": RoleConfig(lr_multiplier=3.0)}`.
         schedule: warm-up and decay in optimizer steps.
-        backend: by whose kernels steps are computed: `eager` (torch's operations), `compile` (`torch.compile`),
-            `triton` (kernels for CUDA), `gram-newton-schulz` (the package, for polar factors) or `auto`, which is
-            `eager`. The others take over polar factors in bfloat16 (precision `bf16`, or `auto` on an accelerator) and,
-            but for the package, whole steps of `row_norm` in float32; what else there is in a model is computed as
-            `eager` does it (`SymOpt.explain` says which), but a backend that cannot run on the device is an error.
+        backend: by whose kernels steps are computed: `eager` (torch's operations), `cpp` (kernels for CPUs, compiled
+            on the machine), `compile` (`torch.compile`), `triton` (kernels for CUDA), `gram-newton-schulz` (the
+            package, for polar factors) or `auto`, which is `eager`. The others take over polar factors in bfloat16
+            (precision `bf16`, or `auto` on an accelerator) and, but for the package, whole steps of `row_norm` in
+            float32; what else there is in a model is computed as `eager` does it (`SymOpt.explain` says which), but a
+            backend that cannot run on the device is an error.
         scratch: MiB that a step may borrow for intermediates on each device; larger batches are cut. Default: 256, or
             one matrix where that is more; on a CPU what fits its cache, where that is faster. What the backends
             `compile` and `gram-newton-schulz` need in between is not counted: it is torch's allocator's.

@@ -14,10 +14,12 @@ decompositions, or products in float64), the other rules, and AdamW, which is to
 to do in a group is no error, so that one can be chosen for a whole model; `SymOpt.explain` says what it does. A backend
 that cannot run is an error where it is chosen: nothing falls back to another one.
 
-`auto` is `eager` everywhere. On a CPU (2 cores) it is the fastest that was measured: `compile` takes 0.9 to 1.2 times
-as long for polar factors and 1.0 to 1.2 times for a step of `row_norm` on 50,304 x 512, three times if it is centered;
-the package takes 40 times and more, because products in float16 are slow there. On CUDA the other backends have not
-been measured yet.
+`auto` is `eager` everywhere: it needs nothing else, so that a run gives the same bits on machines with a compiler and
+without one. On a CPU (2 cores) `cpp` is faster: a step of Muon in bfloat16 takes 0.5 to 0.6 times as long and one of
+`row_norm` on 50,304 x 512 half as long (`profiles/records/bench`). It computes polar factors where the CPU has AVX-512
+BF16 and no AMX; elsewhere they stay eager, and row norms are its own. `compile` takes 0.9 to 1.2 times as long for
+polar factors and 1.0 to 1.2 times for a step of `row_norm`, three times if it is centered; the package takes 40 times
+and more, because products in float16 are slow there. On CUDA the other backends have not been measured yet.
 
 Where rows of a matrix lie on several processes, its step is that of `eager`.
 """
