@@ -13,7 +13,7 @@ from lit_symopt import row_step
 from lit_symopt.backends.choice import Part, takes
 from lit_symopt.backends.rows import row_step_by_backend
 from lit_symopt.cpp import row_step as cpp
-from lit_symopt.cpp.polar import spectral_step, workspace_bytes
+from lit_symopt.cpp.polar import Place, places, spectral_step, workspace_bytes
 from lit_symopt.groups import layout_of
 from lit_symopt.layout import Layout, Shape
 from lit_symopt.linalg.execution import Execution
@@ -158,23 +158,23 @@ def _update_spectral(bucket: Sequence[Member], scratch: Scratch, *, masters: boo
     """All members at once: what is borrowed does not grow with how many they are."""
     group, shape = bucket[0].group, tuple(bucket[0].weight.shape)
     layout, rule = layout_of(group, shape), get_rule(group["rule"])
-    batches = [
-        [layout.to_matrices(tensor) for tensor in tensors]
-        for tensors in (
-            [member.weight for member in bucket],
-            [member.gradient for member in bucket],
-            [member.state["momentum_buffer"] for member in bucket] if group["momentum"] else [],
-            [member.parameter for member in bucket] if masters else [],
-        )
-    ]
+    tensors = (
+        [member.weight for member in bucket],
+        [member.gradient for member in bucket],
+        [member.state["momentum_buffer"] for member in bucket] if group["momentum"] else [],
+        [member.parameter for member in bucket] if masters else [],
+    )
+    contiguous = all(tensor.is_contiguous() for which in tensors for tensor in which)
+    batches = [] if contiguous else [[layout.to_matrices(tensor) for tensor in which] for which in tensors]
     rates = [float(member.group["lr"]) for member in bucket]
     for index, part in enumerate(layout.parts(shape)):
-        weights, gradients, momenta, parameters = ([parts[index] for parts in tensors] for tensors in batches)
+        views = [[parts[index] for parts in which] for which in batches]
+        weights, gradients, momenta, parameters = tensors if contiguous else views
         scale = scale_factor(
             group["scale"],
             rule=rule,
             momentum=weights[0],
-            update=weights[0],
+            update=torch.empty(part.count, part.m, part.n, device="meta"),
             fan_out=part.fan_out,
             fan_in=part.fan_in,
         )
@@ -189,6 +189,13 @@ def _update_spectral(bucket: Sequence[Member], scratch: Scratch, *, masters: boo
             beta=group["momentum"],
             nesterov=group["momentum_kind"] == "nesterov",
             parameters=parameters,
+            within=_places(layout, shape)[index] if contiguous else (),
             scratch=scratch,
             bound=USUAL if group["scratch"] is None else group["scratch"] * MIB,
         )
+
+
+@lru_cache(maxsize=4096)
+def _places(layout: Layout, shape: Shape) -> list[list[Place]]:
+    """Where the matrices of each part of a contiguous tensor lie."""
+    return [places(part) for part in layout.to_matrices(torch.empty(shape, device="meta"))]

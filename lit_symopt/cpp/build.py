@@ -65,7 +65,13 @@ def _target() -> bytes:
 
 def _cache() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lit-symopt" / "cpp"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "lit-symopt" / "cpp"
+    except RuntimeError as error:  # of a user without a home
+        raise ConfigError(
+            f"there is no folder to keep C++ kernels in: {error} Name one in the environment variable XDG_CACHE_HOME, "
+            "or choose backend 'eager'"
+        ) from None
 
 
 def _compile(source: Path, path: Path) -> None:

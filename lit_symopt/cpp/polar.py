@@ -23,9 +23,9 @@ differ from those of torch's products by rounding to bfloat16 in another order, 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -48,9 +48,6 @@ MOST = 256 * MIB
 
 ALIGNED = 64
 """Bytes in a register."""
-
-Batches = Sequence[Tensor]
-"""Matrices [K, m, n] of any strides, of one shape and dtype."""
 
 
 class _Matrices(ctypes.Structure):
@@ -113,6 +110,46 @@ def workspace_bytes(m: int, n: int) -> int:
     return -(-found // ALIGNED) * ALIGNED
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where matrices [count, m, n] lie in a contiguous tensor.
+
+    Attributes:
+        offset: numbers before the first.
+        count, m, n: how many, and their shape.
+        strides: of all three, in numbers.
+    """
+
+    offset: int
+    count: int
+    m: int
+    n: int
+    strides: tuple[int, int, int]
+
+    def by_rows(self) -> Place:
+        """The same, or its transpose, of which the polar factor is the transpose: memory is read along rows."""
+        matrix, row, column = self.strides
+        return self if row != 1 else Place(self.offset, self.count, self.n, self.m, (matrix, column, row))
+
+    def numbers(self) -> list[int]:
+        """As the operator takes it."""
+        return [self.offset, self.count, self.m, self.n, *self.strides]
+
+
+def places(matrices: Tensor) -> list[Place]:
+    """Where the matrices [..., m, n] of a view of a contiguous tensor lie in it; one place if their batch is regular.
+
+    >>> places(torch.empty(8, 6, device="meta").unflatten(0, (2, 4))[:, 1:])
+    [Place(offset=6, count=2, m=3, n=6, strides=(24, 6, 1))]
+    """
+    found = []
+    for ((view,),) in batches([[matrices]]):
+        count, m, n = view.shape
+        matrix, row, column = view.stride()
+        found.append(Place(int(view.storage_offset()), count, m, n, (matrix, row, column)))
+    return found
+
+
 @torch.no_grad()
 def polar(x: Tensor, *, scratch: Scratch = FRESH, out: Tensor | None = None) -> Tensor:
     """The polar factor of each matrix of `x` [..., m, n], not written, in its dtype.
@@ -131,7 +168,7 @@ def polar(x: Tensor, *, scratch: Scratch = FRESH, out: Tensor | None = None) -> 
         return found.double() if out is None else out.copy_(found)
     result = scratch.like(x) if out is None else out
     for given, written in batches([[x], [result]]):
-        _run(given, [], [], [], written, scratch=scratch, bound=MOST)
+        _run([given, [], [], [], written], None, scratch=scratch, bound=MOST)
     return result
 
 
@@ -146,6 +183,7 @@ def spectral_step(
     beta: float = 0.0,
     nesterov: bool = False,
     parameters: Sequence[Tensor] = (),
+    within: Sequence[Place] = (),
     scratch: Scratch = FRESH,
     bound: float = MOST,
 ) -> None:
@@ -159,26 +197,27 @@ def spectral_step(
         weight_decay: of each, times its learning rate: the share of W that is lost.
         beta, nesterov: of the momentum.
         parameters: in half precision, get the new weights rounded; or empty.
+        within: where the matrices lie in each tensor, if that is not [..., m, n]; then all must be contiguous. No view
+            of any tensor is made, so that what torch does is the same for many tensors as for one.
         scratch: where the workspaces are borrowed.
         bound: bytes that they may take, if those of one matrix take no more.
 
     Raises:
         ConfigError: for another dtype, and where there is no compiler or no AVX-512 BF16.
     """
-    for kind, dtypes in (("weights", weights), ("momenta", momenta)):
-        if any(tensor.dtype != torch.float32 for tensor in dtypes):
+    for kind, tensors in (("weights", weights), ("momenta", momenta)):
+        if any(tensor.dtype != torch.float32 for tensor in tensors):
             raise ConfigError(f"{kind} of a step in C++ must be float32; choose backend 'eager'")
-    keep, count = [1.0 - decay for decay in weight_decay], len(weights)
-    for given, kept, written, rounded in batches([gradients, momenta, weights, parameters]):
-        repeats = len(written) // count  # the parts of the first tensor, then those of the second
+    given: list[Sequence[Tensor]] = [gradients, momenta, weights, parameters]
+    pairs: Iterable[tuple[list[Sequence[Tensor]], Place | None]] = (
+        ((given, place) for place in within) if within else (([*views], None) for views in batches(given))
+    )
+    for lists, place in pairs:
         _run(
-            given,
-            kept,
-            written,
-            rounded,
-            [],
-            keep=[one for one in keep for _ in range(repeats)],
-            rate=[one for one in lr for _ in range(repeats)],
+            [*lists, []],
+            place,
+            keep=[1.0 - decay for decay in weight_decay],
+            rate=lr,
             beta=beta,
             fresh=1.0 if nesterov else 1.0 - beta,
             nesterov=nesterov,
@@ -195,11 +234,8 @@ def workspaces(count: int, m: int, n: int, *, bound: float = MOST) -> int:
 
 
 def _run(
-    gradient: Batches,
-    momentum: Batches,
-    weight: Batches,
-    parameter: Batches,
-    out: Batches,
+    lists: Sequence[Sequence[Tensor]],
+    place: Place | None,
     *,
     keep: Sequence[float] = (),
     rate: Sequence[float] = (),
@@ -209,27 +245,30 @@ def _run(
     scratch: Scratch,
     bound: float,
 ) -> None:
-    given = (gradient, momentum, weight, parameter, out)
-    if all(one.stride(1) == 1 for tensors in given for one in tensors):
-        # The polar factor of the transpose is the transpose: rows of memory are rows.
-        gradient, momentum, weight, parameter, out = ([one.mT for one in tensors] for tensors in given)
-    inner, m, n = gradient[0].shape
-    if not prod((inner, m, n)):
+    """Call the operator with gradients, momenta, weights, parameters and results: whole tensors, or views [K, m, n]."""
+    if place is not None:
+        place = place.by_rows()
+        count, m, n = place.count, place.m, place.n
+    else:
+        if all(one.stride(1) == 1 for tensors in lists for one in tensors):
+            lists = [[one.mT for one in tensors] for tensors in lists]
+        count, m, n = lists[0][0].shape
+    if not count * m * n:
         return
-    many = workspaces(len(gradient) * inner, m, n, bound=bound)
-    form = choose_form(m, n, steps=STEPS)
+    many = workspaces(len(lists[0]) * count, m, n, bound=bound)
+    where, form = [] if place is None else place.numbers(), choose_form(m, n, steps=STEPS)
     with scratch.lend():
         size = many * workspace_bytes(m, n) + ALIGNED
         memory = scratch.empty((size,), dtype=torch.uint8, device="cpu")
-        _operator()(gradient, momentum, weight, parameter, out, memory, many, keep, rate, beta, fresh, nesterov, form)
+        _operator()(*lists, memory, many, keep, rate, beta, fresh, nesterov, form, where)
 
 
 def _call(
-    gradient: Batches,
-    momentum: Batches,
-    weight: Batches,
-    parameter: Batches,
-    out: Batches,
+    gradient: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    parameter: Sequence[Tensor],
+    out: Sequence[Tensor],
     memory: Tensor,
     many: int,
     keep: Sequence[float],
@@ -238,17 +277,17 @@ def _call(
     fresh: float,
     nesterov: bool,
     form: Sequence[int],
+    where: Sequence[int],
 ) -> None:
-    inner, m, n = gradient[0].shape
-    aligned = -(-memory.data_ptr() // ALIGNED) * ALIGNED
+    count, m, n = where[1:4] if where else gradient[0].shape
     step = _Step(
         tensors=len(gradient),
-        inner=inner,
+        inner=count,
         m=m,
         n=n,
         threads=torch.get_num_threads(),
         workspaces=many,
-        workspace=aligned,
+        workspace=-(-memory.data_ptr() // ALIGNED) * ALIGNED,
         workspace_bytes=workspace_bytes(m, n),
         quintics=(ctypes.c_double * (3 * STEPS))(*[number for quintic in QUINTICS for number in quintic]),
         form=(ctypes.c_int32 * len(form))(*form),
@@ -256,29 +295,33 @@ def _call(
         safety=SAFETY,
         trusted_low=TRUSTED[0],
         trusted_high=TRUSTED[1],
-        gradient=_matrices(gradient),
-        momentum=_matrices(momentum),
+        gradient=_matrices(gradient, where),
+        momentum=_matrices(momentum, where),
         beta=beta,
         fresh=fresh,
         nesterov=nesterov,
-        out=_matrices(out),
-        weight=_matrices(weight),
+        out=_matrices(out, where),
+        weight=_matrices(weight, where),
         keep=(ctypes.c_float * len(keep))(*keep),
         rate=(ctypes.c_float * len(rate))(*rate),
-        parameter=_matrices(parameter),
+        parameter=_matrices(parameter, where),
     )
     _library().polar_step(ctypes.byref(step))
 
 
-def _matrices(tensors: Batches) -> _Matrices:
+def _matrices(tensors: Sequence[Tensor], where: Sequence[int]) -> _Matrices:
     if not tensors:
         return _Matrices()
     dtype = tensors[0].dtype
     if dtype not in CODES:
         raise ConfigError(f"matrices in C++ are float32, bfloat16 or float16, not {dtype}; choose backend 'eager'")
-    data = (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-    strides = (ctypes.c_int64 * (3 * len(tensors)))(*[stride for tensor in tensors for stride in tensor.stride()])
-    return _Matrices(data=data, strides=strides, dtype=CODES[dtype])
+    before = where[0] * dtype.itemsize if where else 0
+    strides = list(where[4:]) * len(tensors) if where else [one for tensor in tensors for one in tensor.stride()]
+    return _Matrices(
+        data=(ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() + before for tensor in tensors]),
+        strides=(ctypes.c_int64 * len(strides))(*strides),
+        dtype=CODES[dtype],
+    )
 
 
 @cache
@@ -292,7 +335,8 @@ def _library() -> ctypes.CDLL:
 
 SCHEMA = """polar_step(
     Tensor[] gradient, Tensor(a!)[] momentum, Tensor(b!)[] weight, Tensor(c!)[] parameter, Tensor(d!)[] out,
-    Tensor(e!) memory, int many, float[] keep, float[] rate, float beta, float fresh, bool nesterov, int[] form
+    Tensor(e!) memory, int many, float[] keep, float[] rate, float beta, float fresh, bool nesterov, int[] form,
+    int[] where
 ) -> ()"""
 
 
@@ -306,7 +350,8 @@ def _operator() -> Any:
 
     @register_flop_formula(found)
     def _count(gradient: Any, *args: Any, **_: Any) -> int:
-        inner, m, n = gradient[0]
-        return int(len(gradient) * inner * form_operations(tuple(args[-1]), m=m, n=n, halved="everything"))
+        form, where = args[-2:]
+        count, m, n = where[1:4] if where else gradient[0]
+        return int(len(gradient) * count * form_operations(tuple(form), m=m, n=n, halved="everything"))
 
     return found.default

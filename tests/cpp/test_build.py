@@ -66,6 +66,17 @@ def test_what_a_compiler_says_is_handed_on(fresh: Path, monkeypatch: pytest.Monk
     assert kept(fresh) == []
 
 
+def test_a_user_without_a_home_is_told_where_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError, match=r"to keep C\+\+ kernels in: Could not .* XDG_CACHE_HOME, or choose"):
+        build.library("row_step")
+
+
 def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (fresh / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))

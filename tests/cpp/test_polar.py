@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_symopt import Layout, SymOpt
+from lit_symopt.bench.counting import launches
 from lit_symopt.cpp import polar as module
 from lit_symopt.cpp.polar import _library, polar, spectral_step, workspace_bytes, workspaces
 from lit_symopt.errors import ConfigError
@@ -360,12 +361,27 @@ def test_the_products_that_a_profile_expects_are_those_that_are_counted() -> Non
     assert counter.get_total_flops() == expected == 2 * (9 * 2 + 11) * 64**3
 
 
-def test_launches_do_not_grow_with_the_number_of_matrices() -> None:
+@pytest.mark.parametrize("layout", [None, Layout.heads(3), Layout.gate_up("stacked")])
+def test_launches_do_not_grow_with_the_number_of_matrices(layout: Layout | None) -> None:
     counts = []
     for count in (4, 16):
-        ours = optimizer(count, (96, 64))
-        ours.step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        ours = optimizer(count, (96, 64), layout=layout)
+        for _ in range(3):
             ours.step()
-        counts.append(sum(event.count for event in profiler.key_averages() if event.key == "lit_symopt::polar_step"))
-    assert counts == [1, 1]
+        counts.append(launches(ours.step, torch.device("cpu")))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("layout", [Layout.heads(3), Layout.gate_up("stacked"), Layout.gate_up("interleaved")])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_matrices_within_a_tensor_are_updated_where_they_lie(layout: Layout, contiguous: bool) -> None:
+    """By their places in memory, or by views where the tensor is not contiguous: as matrices by themselves."""
+    w, g = randn(96, 64, seed=1), randn(96, 64, seed=2)
+    ours = optimizer(1, (96, 64), layout=layout, momentum=0.0, lr=0.5, scale="none")
+    (parameter,) = ours.param_groups[0]["params"]
+    parameter.data = w.clone() if contiguous else w.mT.contiguous().mT
+    parameter.grad = g.clone()
+    ours.step()
+    (given,) = layout.to_matrices(g)
+    expected = w.double() - 0.5 * layout.from_matrices([polar(given)], (96, 64)).double()
+    assert (parameter - expected).abs().max() <= 3 * ROUNDING * 5

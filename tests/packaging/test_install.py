@@ -30,10 +30,11 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def package_files(tree: Path) -> set[str]:
-    """The files a wheel has to hold: every module and py.typed, with callbacks/ below lit_symopt/."""
+    """The files a wheel has to hold: modules, py.typed and kernels in C++, with callbacks/ below lit_symopt/."""
     package = {path.relative_to(tree).as_posix() for path in (tree / "lit_symopt").rglob("*.py")}
     callbacks = {f"lit_symopt/{path.relative_to(tree).as_posix()}" for path in (tree / "callbacks").rglob("*.py")}
-    return package | callbacks | {"lit_symopt/py.typed"}
+    kernels = {str(path.relative_to(tree)) for path in (tree / "lit_symopt").rglob("*.cpp")}
+    return package | callbacks | kernels | {"lit_symopt/py.typed"}
 
 
 def test_the_link_to_callbacks_is_relative_and_ends_in_the_tree(repository: Path) -> None:
