@@ -17,27 +17,21 @@ from lit_symopt.rules import ema_, nesterov_
 from lit_symopt.scratch import Arena
 from lit_symopt.update import direction_to_update
 from tests.matrices import generator
+from tests.row_steps import (
+    DECAY,
+    LR,
+    STEPS,
+    a_pure_shift_gives_no_update_and_a_large_one_leaves_what_remains,
+    every_option,
+    random,
+)
 from tests.synchronizations import NoSynchronization
-
-LR, DECAY = 1e-2, 0.1
-STEPS = 3
-OPTIONS = [
-    {"centered": centered, "row_damping": damping, "nesterov": nesterov, "beta": beta}
-    for centered, damping, (nesterov, beta) in product(
-        (False, True), (0.0, 0.1), ((False, 0.0), (False, 0.9), (True, 0.9))
-    )
-]
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many blocks as there can be."""
     monkeypatch.setitem(module.BLOCK_BYTES, "cpu", 1)
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed)).to(dtype)
 
 
 def stepped(weight: Tensor, *tensors: Tensor | None, **options: Any) -> Tensor:
@@ -203,22 +197,7 @@ def test_a_decay_that_takes_the_whole_weight_leaves_the_update() -> None:
 
 
 def test_a_pure_shift_with_its_rounding_gives_no_update_and_a_large_one_leaves_what_remains() -> None:
-    shift = random(1, 40, seed=3)
-    rounded = shift * (1 + 2.0**-23 * random(90, 40, seed=5).sign())
-    nothing = torch.zeros(90, 40)
-    for g in (shift.repeat(90, 1), rounded):
-        assert torch.equal(stepped(nothing, g, centered=True, lr=1.0), nothing)
-    # As of `lit_symopt.rules.centering`: 4 roundings of the row and of the mean are none of its own, more are.
-    for roundings, expected in ((6, 0.0), (10, 1.0)):
-        g = shift * (1 + roundings * 2.0**-23 * torch.tensor([1.0, -1.0]).repeat(45).unsqueeze(-1))
-        norms = stepped(nothing, g, centered=True, lr=1.0).norm(dim=1)
-        torch.testing.assert_close(norms, torch.full((90,), expected))
-    mixed = random(90, 40, seed=4) + 1e6 * shift
-    update = -stepped(nothing, mixed, lr=1.0, centered=True)
-    exact = mixed.double() - mixed.double().mean(dim=0)
-    exact = exact / exact.norm(dim=1, keepdim=True)
-    exact = exact - exact.mean(dim=0)
-    assert (update - exact).abs().max() <= 4 * 2.0**-24
+    a_pure_shift_gives_no_update_and_a_large_one_leaves_what_remains(stepped)
 
 
 # ---- what is written
