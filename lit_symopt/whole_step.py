@@ -34,7 +34,7 @@ def taken_as_a_whole(bucket: Sequence[Member]) -> WholeStep | None:
     layout, shape = layout_of(group, weight.shape), tuple(weight.shape)
     if group["backend"] not in ("auto", "eager"):
         part = part_by_backend(group, layout, shape, dtype=weight.dtype, device_type=weight.device.type)
-        if part == "spectral_step" and not all(_all_float32(member) for member in bucket):
+        if group["backend"] == "cpp" and not all(_all_float32(member) for member in bucket):
             return None
         return None if part == "polar" else part
     rows = group["rule"] == "row_norm" and all(

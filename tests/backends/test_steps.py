@@ -205,6 +205,22 @@ def test_a_step_in_cpp_that_is_refused_changes_nothing(case: str) -> None:
     assert refused_steps("cpp", case, "cpu") == []
 
 
+@NEEDS_BF16
+@pytest.mark.parametrize("rule", ["spectral", "row_norm"])
+def test_momentum_of_another_dtype_goes_the_general_way(rule: str) -> None:
+    """As in a model that was moved from float64, whose optimizer keeps its state."""
+    results = []
+    for backend in ("cpp", "eager"):
+        weight = nn.Parameter(torch.randn(8, 4, generator=generator(0)))
+        optimizer = SymOpt([("w", weight)], rule=rule, backend=backend, precision="bf16", momentum=0.5)
+        for seed in (1, 2):
+            weight.grad = torch.randn(8, 4, generator=generator(seed))
+            optimizer.step()
+            optimizer.state[weight]["momentum_buffer"] = optimizer.state[weight]["momentum_buffer"].double()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-3)
+
+
 # ---- triton
 
 
