@@ -172,13 +172,14 @@ def scratch_bytes(
     """An upper bound of the memory that the update of one tensor borrows, in bytes.
 
     Args:
-        options: of a group: `rule`, `precision`, `centered`, `backend`.
+        options: of a group: `rule`, `precision`, `centered`, and `backend` if it is not `auto`.
         layout: how the tensor holds its matrices.
         shape: of the tensor.
         dtype: of the weight.
         device_type: where it is.
     """
-    rule, precision, centered, backend = (options[key] for key in ("rule", "precision", "centered", "backend"))
+    rule, precision, centered = (options[key] for key in ("rule", "precision", "centered"))
+    backend = options.get("backend", "auto")
     return _scratch_bytes(rule, precision, centered, layout, shape, dtype, device_type, backend)
 
 
