@@ -14,6 +14,7 @@ from lit_symopt.bench.counting import scratch_bytes as allocated_by
 from lit_symopt.errors import ConfigError
 from lit_symopt.pieces import piece_size, scratch_bytes
 from lit_symopt.scratch import MIB, Arena
+from tests.cpp.places import NEEDS_BF16
 
 RULES: dict[str, dict[str, Any]] = {
     "bf16": {"rule": "spectral", "precision": "bf16", "scale": "rms"},
@@ -149,9 +150,17 @@ def test_scratch_stays_below_its_bound(bound: int, options: dict[str, Any], monk
     assert fresh + optimizer.kept_scratch(torch.device("cpu")) <= bound * MIB
 
 
-def test_a_process_does_not_grow_from_step_to_step() -> None:
+@pytest.mark.parametrize(
+    ("backend", "rule"),
+    [
+        ("eager", "spectral"),
+        pytest.param("cpp", "spectral", marks=NEEDS_BF16),
+        pytest.param("cpp", "row_norm", marks=NEEDS_BF16),
+    ],
+)
+def test_a_process_does_not_grow_from_step_to_step(backend: str, rule: str) -> None:
     parameters = [nn.Parameter(torch.randn(256, 128)) for _ in range(40)]
-    optimizer = SymOpt(parameters, rule="spectral", precision="bf16", momentum_kind="nesterov")
+    optimizer = SymOpt(parameters, rule=rule, precision="bf16", momentum_kind="nesterov", backend=backend)
 
     def run(steps: int) -> None:
         for _ in range(steps):
