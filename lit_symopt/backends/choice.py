@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `auto` | as `eager` | as `eager` | |
 | `eager` | torch's operations | torch's operations | |
-| `cpp` | kernels in C++, for spectral rules the whole step | a kernel in C++ | a CPU with AVX-512 BF16, a compiler |
+| `cpp` | kernels in C++, of spectral rules the whole step | the same | a compiler; polar factors: AVX-512 BF16 |
 | `compile` | the whole as one compiled graph | the whole as one, on a CPU two | a C++ compiler, or Triton on CUDA |
 | `triton` | `symmetric_product` and the like for the products | the kernel `row_rule` | Triton on CUDA |
 | `gram-newton-schulz` | the package of that name, in float16 | as `eager` | the package; Hopper or newer on CUDA |
@@ -15,11 +15,11 @@ to do in a group is no error, so that one can be chosen for a whole model; `SymO
 that cannot run is an error where it is chosen: nothing falls back to another one.
 
 `auto` is `eager` everywhere: it needs nothing else, so that a run gives the same bits on machines with a compiler and
-without one. On a CPU (2 cores) `cpp` is faster: a step of Muon in bfloat16 takes 0.5 to 0.6 times as long and one of
-`row_norm` on 50,304 x 512 half as long (`profiles/records/bench`). It computes polar factors where the CPU has AVX-512
-BF16 and no AMX; elsewhere they stay eager, and row norms are its own. `compile` takes 0.9 to 1.2 times as long for
-polar factors and 1.0 to 1.2 times for a step of `row_norm`, three times if it is centered; the package takes 40 times
-and more, because products in float16 are slow there. On CUDA the other backends have not been measured yet.
+without one. On a CPU (2 cores) `cpp` is faster: a step of Muon in bfloat16 takes 0.5 to 0.6 times as long, one of
+`row_norm` on 50,304 x 512 0.6 to 0.7 times (`profiles/records/bench`). It computes polar factors where the CPU has
+AVX-512 BF16 and no AMX; elsewhere they stay eager, and row norms are its own. `compile` takes 0.9 to 1.2 times as long
+for polar factors and 1.0 to 1.2 times for a step of `row_norm`, three times if it is centered; the package takes 40
+times and more, because products in float16 are slow there. On CUDA the other backends have not been measured yet.
 
 Where rows of a matrix lie on several processes, its step is that of `eager`.
 """

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_symopt import Block, BlockTaxonomy, Role, RoleConfig, SymOpt, SymOptConfig
-from lit_symopt.backends import BACKENDS, chosen, require_backend, takes
+from lit_symopt.backends import BACKENDS, choice, chosen, require_backend, takes
 from lit_symopt.backends.choice import INSTALL, POLAR_RULES
 from lit_symopt.cli import main
 from lit_symopt.cpp.build import library
 from lit_symopt.errors import ConfigError
-from lit_symopt.rules.rows import POLAR
+from lit_symopt.rules.rows import POLAR, SPECTRAL
+from lit_symopt.rules.scale import NUCLEAR
 from tests.cli.conftest import prepare
 from tests.cpp.places import NEEDS_BF16
 
@@ -105,6 +106,8 @@ def test_auto_is_eager() -> None:
 
 def test_the_rules_that_take_a_polar_factor_are_those_of_the_rules() -> None:
     assert POLAR_RULES == POLAR
+    assert choice.SPECTRAL == SPECTRAL
+    assert set(NUCLEAR) == choice.NUCLEAR
 
 
 F32, F64 = torch.float32, torch.float64

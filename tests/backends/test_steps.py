@@ -142,6 +142,9 @@ def check(found: dict[str, dict[str, Any]], backend: str, case: str) -> None:
     assert any(of["error"] > 0 for of in found.values() if of["rule"] in POLAR)
     assert None in parts
     if backend == "cpp":
+        assert "the whole step" in parts
+        hybrid = any(of["rule"] in POLAR - SPECTRAL for of in found.values())
+        assert ("the polar factor" in parts) == hybrid
         return
     assert "the polar factor" in parts
     rows = CASES[case]["stack"] == "symmetric" and case != "symmetric, tied"  # whose embedding is a head
